@@ -1,0 +1,52 @@
+"""The one exception tree of graphserve.
+
+    GraphserveError
+    ├── ConfigError             an engine option, model config or plan that cannot be served (also a ValueError)
+    ├── RequestError            one request is wrong; only that request ends (also a ValueError)
+    ├── CheckpointError         a weight file or tensor is missing, truncated or has the wrong shape
+    ├── UnsupportedModelError   the model computes something the compiler refuses, with op and module
+    ├── CompileError            a pass or lowering failed: a bug of ours, named by pass and node
+    └── EngineDeadError         the engine process or loop has stopped; no more answers will come
+
+A catch-all ``except Exception`` is allowed only at the isolation boundaries listed here, each of which reports
+what it caught and keeps one failure from spreading:
+
+    engine/engine_core.py     one request's input or output processing: that request ends with an error
+    engine/process.py         the engine process main loop: reports the traceback to its parent and exits
+    async_llm.py              the engine thread's loop: every waiting caller gets EngineDeadError with the cause
+    server/app.py             one HTTP request: answers 500 in OpenAI's error shape
+    compiler/pipeline.py      one pass: re-raised as CompileError that names the pass
+    compiler/capture.py       the torch.compile call: re-raised as UnsupportedModelError with the reason
+"""
+
+
+class GraphserveError(Exception):
+    """Base of every error graphserve raises on purpose."""
+
+
+class ConfigError(GraphserveError, ValueError):
+    """An option or config value is wrong: says what was given, what is allowed and what to do."""
+
+
+class RequestError(GraphserveError, ValueError):
+    """A single request is invalid. ``param`` names the offending field, as OpenAI's error shape wants it."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class CheckpointError(GraphserveError):
+    """A checkpoint cannot be loaded: names file, tensor, expected and found."""
+
+
+class UnsupportedModelError(GraphserveError):
+    """The model cannot be compiled faithfully; the message names op, module and reason."""
+
+
+class CompileError(GraphserveError):
+    """A compiler stage failed on a graph it should handle (a bug): names stage and node."""
+
+
+class EngineDeadError(GraphserveError):
+    """The engine has stopped and cannot serve; the cause is chained."""
