@@ -1,0 +1,138 @@
+"""Attention over the paged KV cache: prefill, decode and mixed batches in one op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphserve.kernels.registry import register
+
+
+def visible_keys(query_positions: Tensor, key_positions: Tensor, window: int, chunk: int, causal: bool) -> Tensor:
+    """The attention rule as a boolean ``[Q, K]``: which keys a query may see (True = visible).
+
+    ``causal``: j <= i. ``window``: i - j < window (for a bidirectional rule, \\|i - j\\| < window).
+    ``chunk``: j // chunk == i // chunk.
+    """
+    i, j = query_positions[:, None], key_positions[None, :]
+    visible = (j <= i) if causal else torch.ones_like(i >= j)
+    if window:
+        visible = visible & ((i - j).abs() < window)
+    if chunk:
+        visible = visible & (i // chunk == j // chunk)
+    return visible
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_positions: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    window: int,
+    chunk: int,
+    softcap: float,
+    causal: bool,
+) -> Tensor:
+    """Attention of one sequence in fp32 with the whole score matrix in memory.
+
+    Args:
+        q: ``[Q, Hq, Dk]``.
+        k: ``[K, Hkv, Dk]``, keys of positions 0..K-1; query head h reads key head ``h // (Hq / Hkv)``.
+        v: ``[K, Hkv, Dv]``.
+        query_positions: ``[Q]``.
+        sinks: ``[Hq]`` logits of one extra key with value zero, or None.
+        alibi: ``[Hq]`` slopes; ``slope * (j - i)`` is added to a score (Press et al. 2021), or None.
+        scale: factor of q.k, before the soft cap.
+        window: see :func:`visible_keys`; 0 for none.
+        chunk: see :func:`visible_keys`; 0 for none.
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
+        causal: see :func:`visible_keys`.
+
+    Returns:
+        ``[Q, Hq, Dv]`` fp32; a query that sees no key gets zeros.
+    """
+    groups = q.shape[1] // k.shape[1]
+    keys = k.float().repeat_interleave(groups, dim=1)
+    values = v.float().repeat_interleave(groups, dim=1)
+    key_positions = torch.arange(k.shape[0], device=k.device)
+    scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if alibi is not None:
+        distance = key_positions[None, :] - query_positions[:, None]
+        scores = scores + alibi.float()[:, None, None] * distance
+    scores = scores.masked_fill(~visible_keys(query_positions, key_positions, window, chunk, causal), float("-inf"))
+    if sinks is not None:
+        extra = sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
+        scores = torch.cat((scores, extra), dim=-1)
+    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)[..., : k.shape[0]]
+    return torch.einsum("hqk,khd->qhd", weights, values)
+
+
+def paged_attention(
+    q: Tensor,
+    kv_k: Tensor,
+    kv_v: Tensor,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    window: int,
+    chunk: int,
+    softcap: float,
+    causal: bool,
+) -> Tensor:
+    """Attention of every query token over its own sequence's cached keys and values (already written).
+
+    Query j of sequence s stands at position ``seq_lens[s] - query_len[s] + j``. This reference gathers each context
+    and is the oracle of the generated kernels, which do not gather.
+
+    Args:
+        q: ``[T, Hq, Dk]``.
+        kv_k: ``[num_blocks, Hkv, block_size, Dk]``.
+        kv_v: ``[num_blocks, Hkv, block_size, Dv]``.
+        block_table: ``[S, B]`` int32, blocks of each sequence in order.
+        query_start_loc: ``[S + 1]`` int32, first token of each sequence.
+        seq_lens: ``[S]`` int32, context length after this step.
+        sinks: see :func:`attend`, like every argument from here on.
+        alibi: see :func:`attend`.
+        scale: see :func:`attend`.
+        window: see :func:`attend`.
+        chunk: see :func:`attend`.
+        softcap: see :func:`attend`.
+        causal: see :func:`attend`.
+
+    Returns:
+        ``[T, Hq*Dv]`` in ``q.dtype``; zeros for tokens from ``query_start_loc[-1]`` on.
+    """
+    heads, v_dim, block_size = q.shape[1], kv_v.shape[3], kv_k.shape[2]
+    out = q.new_zeros((q.shape[0], heads * v_dim))
+    starts, lens = query_start_loc.tolist(), seq_lens.tolist()
+    for s, seq_len in enumerate(lens):
+        first, last = starts[s], starts[s + 1]
+        if first == last:
+            continue
+        blocks = block_table[s, : -(-seq_len // block_size)].long()
+        k = kv_k[blocks].transpose(1, 2).reshape(-1, kv_k.shape[1], kv_k.shape[3])[:seq_len]
+        v = kv_v[blocks].transpose(1, 2).reshape(-1, kv_v.shape[1], v_dim)[:seq_len]
+        positions = torch.arange(seq_len - (last - first), seq_len, device=q.device)
+        result = attend(q[first:last], k, v, positions, sinks, alibi, scale, window, chunk, softcap, causal)
+        out[first:last] = result.reshape(last - first, heads * v_dim).to(q.dtype)
+    return out
+
+
+def _fake(q: Tensor, kv_k: Tensor, kv_v: Tensor, *_: object) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1] * kv_v.shape[3]))
+
+
+register(
+    "paged_attention(Tensor q, Tensor kv_k, Tensor kv_v, Tensor block_table, Tensor query_start_loc, Tensor seq_lens,"
+    " Tensor? sinks, Tensor? alibi, float scale, int window, int chunk, float softcap, bool causal) -> Tensor",
+    paged_attention,
+    _fake,
+)

@@ -1,0 +1,23 @@
+"""Dense linear layer, the weight stored as ``[out, in]``."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphserve.kernels.registry import register
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``: ``x [*, K]``, ``weight [N, K]``, ``bias [N]``, result ``[*, N]`` in ``x.dtype``.
+
+    Cost for M rows: ``2*M*N*K`` FLOPs, ``N*K`` weight elements read once.
+    """
+    return F.linear(x, weight, bias)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+register("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", linear, _fake)
