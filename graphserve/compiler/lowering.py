@@ -1,0 +1,190 @@
+"""L2 graph → launch list: names, symbolic shapes, and which nodes are mere views."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from graphserve.errors import CompileError
+from graphserve.plan.schema import Launch, TensorSpec
+from graphserve.plan.symbols import Affine
+
+# Sizes at which view-ness is decided. Odd primes: no model dimension equals them.
+_TOKENS, _ROWS = 13, 7
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Lowering:
+    """Turns one graph into launches.
+
+    Args:
+        tokens: the symbol of the token count in the graph's fake tensors.
+        rows: the symbol of the logits row count, or None.
+        prefix: put before buffer names (init graphs have their own name space).
+    """
+
+    def __init__(self, tokens: Any, rows: Any | None, prefix: str = "") -> None:
+        self._tokens = tokens
+        self._rows = rows
+        self._prefix = prefix
+        self.launches: list[Launch] = []
+        self.buffers: dict[str, TensorSpec] = {}
+        self._names: dict[fx.Node, str] = {}
+        self._samples: dict[fx.Node, Any] = {}  # meta tensors at the sample sizes, with the strides buffers will have
+
+    def value_name(self, node: fx.Node) -> str:
+        return self._names[node]
+
+    def add_input(self, node: fx.Node, name: str) -> None:
+        """Declare a placeholder as the value ``name``."""
+        value = node.meta["val"]
+        self._names[node] = name
+        self._samples[node] = torch.empty([self._sample_size(d) for d in value.shape], dtype=value.dtype, device="meta")
+
+    def affine(self, size: Any) -> int | Affine:
+        """A SymInt or int as an affine expression.
+
+        Raises:
+            CompileError: the size is not affine in T and R (a [T, T] tensor, say).
+        """
+        if isinstance(size, int):
+            return size
+        expr = sympy.expand(size.node.expr)
+        t = expr.coeff(self._tokens, 1)
+        r = expr.coeff(self._rows, 1) if self._rows is not None else sympy.Integer(0)
+        rest = sympy.expand(expr - t * self._tokens - (r * self._rows if self._rows is not None else 0))
+        if not (t.is_Integer and r.is_Integer and rest.is_Integer):
+            raise CompileError(f"size {expr} is not affine in the number of tokens and logits rows")
+        if t == 0 and r == 0:
+            return int(rest)
+        return Affine(int(t), int(r), int(rest))
+
+    def tensor_spec(self, value: torch.Tensor) -> TensorSpec:
+        shape = tuple(d if isinstance(d, int) else str(d) for d in map(self.affine, value.shape))
+        return TensorSpec(shape, dtype_name(value.dtype))
+
+    def _sample_size(self, size: Any) -> int:
+        affine = self.affine(size)
+        return affine if isinstance(affine, int) else affine.at(_TOKENS, _ROWS)
+
+    def lower(self, graph: fx.Graph) -> fx.Node:
+        """Lower all nodes. Inputs must have been declared. Returns the output node."""
+        for node in graph.nodes:
+            if node.op == "call_function":
+                self._lower_node(node)
+            elif node.op == "output":
+                output = node.args[0]
+                while isinstance(output, (tuple, list)):
+                    output = output[0]
+                return output
+            elif node.op != "placeholder":
+                raise CompileError(f"{node.format_node()}: {node.op} nodes cannot be lowered")
+        raise CompileError("the graph has no output")
+
+    def _lower_node(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if isinstance(value, (torch.SymInt, int, torch.SymFloat, float, bool, torch.SymBool)):
+            return  # sizes are folded into the arguments that use them
+        if node.target is operator.getitem:
+            source, index = node.args
+            self._names[node] = f"{self._names[source]}.{index}"
+            self._samples[node] = self._samples[source][index]
+            return
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            raise CompileError(f"{node.format_node()}: not an operator")
+        name = self._prefix + node.name
+        self._names[node] = name
+        results, is_view, target = self._sample(node, target)
+        if value is None:
+            outputs: tuple[str | None, ...] = ()
+        elif isinstance(value, torch.Tensor):
+            outputs = (name,)
+            if not is_view:
+                self.buffers[name] = self.tensor_spec(value)
+        else:
+            read = {u.args[1] for u in node.users if u.target is operator.getitem}
+            outputs = tuple(f"{name}.{i}" if i in read else None for i in range(len(value)))
+            if not is_view:
+                self.buffers.update({f"{name}.{i}": self.tensor_spec(value[i]) for i in read})
+        self._samples[node] = results
+        self.launches.append(
+            Launch(
+                op=f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}",
+                args=tuple(self._encode(a) for a in node.args),
+                kwargs={k: self._encode(v) for k, v in node.kwargs.items()},
+                outputs=outputs,
+                kind="view" if is_view else "reference",
+                layer=node.meta.get("gs_layer"),
+                sources=tuple(node.meta.get("gs_sources", (node.name,))),
+            )
+        )
+
+    def _sample(self, node: fx.Node, target: Any) -> tuple[Any, bool, Any]:
+        """Run the op on meta tensors with the strides our buffers have: (result, is it a view, op to use)."""
+        args = [self._sample_argument(a) for a in node.args]
+        kwargs = {k: self._sample_argument(v) for k, v in node.kwargs.items()}
+        if target is torch.ops.aten.view.default:
+            # The original view may rest on strides that an op kept; our buffers are contiguous.
+            target = torch.ops.aten.reshape.default
+        results = target(*args, **kwargs)
+        first = results[0] if isinstance(results, (tuple, list)) and results else results
+        if not isinstance(first, torch.Tensor):
+            return results, False, target
+        inputs = [a for a in args if isinstance(a, torch.Tensor)]
+        is_view = bool(inputs) and _shares_storage(first, inputs[0])
+        if is_view:
+            return results, True, target
+        if isinstance(results, torch.Tensor):
+            return torch.empty(results.shape, dtype=results.dtype, device="meta"), False, target
+        fresh = [torch.empty(r.shape, dtype=r.dtype, device="meta") if isinstance(r, torch.Tensor) else r for r in results]
+        return fresh, False, target
+
+    def _sample_argument(self, argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            if argument in self._samples:
+                return self._samples[argument]
+            return self._sample_size(argument.meta["val"])
+        if isinstance(argument, (list, tuple)):
+            return [self._sample_argument(a) for a in argument]
+        if isinstance(argument, torch.SymInt):
+            return self._sample_size(argument)
+        if isinstance(argument, torch.device):
+            return torch.device("meta")
+        return argument
+
+    def _encode(self, argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            if argument in self._names:
+                return {"v": self._names[argument]}
+            return self._encode(argument.meta["val"])
+        if isinstance(argument, torch.SymInt):
+            affine = self.affine(argument)
+            return affine if isinstance(affine, int) else {"s": str(affine)}
+        if isinstance(argument, (list, tuple)):
+            return [self._encode(a) for a in argument]
+        if isinstance(argument, torch.dtype):
+            return {"dtype": dtype_name(argument)}
+        if isinstance(argument, torch.device):
+            return {"device": True}
+        if isinstance(argument, torch.layout):
+            return {"layout": str(argument).removeprefix("torch.")}
+        if isinstance(argument, torch.memory_format):
+            return {"memory_format": str(argument).removeprefix("torch.")}
+        if isinstance(argument, float) and not math.isfinite(argument):
+            return {"f": str(argument)}
+        if argument is None or isinstance(argument, (bool, int, float, str)):
+            return argument
+        raise CompileError(f"argument {argument!r} of type {type(argument).__name__} has no JSON form")
+
+
+def _shares_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
