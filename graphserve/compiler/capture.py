@@ -107,11 +107,13 @@ def register_interfaces() -> None:
     register_experts(IMPLEMENTATION)
 
 
-def capture(model: nn.Module) -> fx.GraphModule:
+def capture(model: nn.Module, weight_names: dict[int, str] | None = None) -> fx.GraphModule:
     """Trace ``model`` into an L1 graph.
 
     Args:
         model: a causal LM on the meta device, in eval mode, built with ``attn_implementation="graphserve"``.
+        weight_names: ``id(tensor)`` → name of each parameter and buffer; the model's own names by default (needed when
+            the model is traced with fewer layers than it has).
 
     Returns:
         GraphModule with inputs ``input_ids`` [1, T], ``positions`` [1, T], ``logits_indices`` [R] (int64) and one
@@ -127,10 +129,8 @@ def capture(model: nn.Module) -> fx.GraphModule:
     if "position_ids" not in parameters and not takes_kwargs:
         raise UnsupportedModelError(f"{name}.forward takes no position_ids: packed requests cannot be told apart")
     options = {k: v for k, v in (("use_cache", False), ("return_dict", False)) if k in parameters or takes_kwargs}
-    weight_names = {
-        id(t): n
-        for n, t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    }
+    if weight_names is None:
+        weight_names = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
     describe_experts(model)
     captured: dict[str, Any] = {}
 

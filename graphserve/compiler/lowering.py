@@ -49,6 +49,17 @@ class Lowering:
         self._names[node] = name
         self._samples[node] = torch.empty([self._sample_size(d) for d in value.shape], dtype=value.dtype, device="meta")
 
+    def add_opaque_input(self, node: fx.Node, name: str) -> None:
+        """Declare a step input or cache whose own sizes (sequences, blocks) never reach a buffer."""
+        value = node.meta["val"]
+        self._names[node] = name
+        sizes = [d if isinstance(d, int) else self._opaque_size(d) for d in value.shape]
+        self._samples[node] = torch.empty(sizes, dtype=value.dtype, device="meta")
+
+    def _opaque_size(self, size: Any) -> int:
+        known = size.node.expr.free_symbols <= {self._tokens, self._rows}
+        return self._sample_size(size) if known else 3
+
     def affine(self, size: Any) -> int | Affine:
         """A SymInt or int as an affine expression.
 

@@ -53,12 +53,12 @@ class Launch(msgspec.Struct, frozen=True):
 class WeightSpec(msgspec.Struct, frozen=True):
     """One weight of the plan and how to make it from the model's parameters (names as `transformers` has them).
 
-    ``op``: ``param`` (``args = (name,)``), ``concat`` (along ``dim``), ``buffer`` (a non-persistent buffer whose value
-    is stored in the plan's constants), ``init`` (written by ``Plan.init``).
+    ``op``: ``param`` (``args = (name,)``), ``concat`` (along ``dim``), ``transpose`` (of a matrix), ``buffer`` (a
+    constant or non-persistent buffer, stored beside the plan), ``init`` (written by ``Plan.init``).
     """
 
     spec: TensorSpec
-    op: Literal["param", "concat", "buffer", "init"]
+    op: Literal["param", "concat", "transpose", "buffer", "init"]
     args: tuple[str, ...]
     dim: int = 0
 
