@@ -1,0 +1,272 @@
+"""Loading: a checkpoint is checked as a whole against the model, then streamed parameter by parameter."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graphserve.errors import CheckpointError
+from graphserve.models.checkpoint import FLOAT_DTYPES, TORCH_DTYPES, Checkpoint
+from graphserve.models.conversion import ConversionResult, convert_names
+from graphserve.models.progress import Progress, no_progress
+from graphserve.models.weight_program import (
+    Expression,
+    Load,
+    ParameterRule,
+    ShapeError,
+    WeightProgram,
+    evaluate,
+    shape_of,
+    tensors_of,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+MAX_PROBLEMS_SHOWN = 10
+
+# Buffers that older checkpoints stored and that are computed from the config nowadays.
+RECOMPUTED_TENSORS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(bias|masked_bias)$")
+
+
+def check_checkpoint(model: PreTrainedModel, model_dir: str | Path) -> WeightProgram:
+    """Match a checkpoint's headers with a model's parameters; no tensor data is read, except for tied pairs.
+
+    A pair that the config ties but that the checkpoint stores twice is compared; when the values differ, the pair is
+    untied in ``model`` (in place) with a warning, as transformers does, so this must run before tracing.
+
+    Args:
+        model: the model on the meta device; parameter names, shapes and dtypes are what is expected.
+        model_dir: the folder with the safetensors files.
+
+    Returns:
+        The program that makes every parameter.
+
+    Raises:
+        CheckpointError: all problems found, the first ten in full: file, tensor, expected and found.
+        ConfigError: the folder has no safetensors checkpoint.
+    """
+    checkpoint = Checkpoint.open(model_dir)
+    _raise_problems(checkpoint.problems, checkpoint)
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    conversion = convert_names(model, shapes)
+    problems: list[str] = []
+    _untie_different(model, conversion.values, checkpoint)
+
+    rules: dict[str, ParameterRule] = {}
+    aliases: dict[str, str] = {}
+    for names, parameter in _parameters(model):
+        failed = [f"parameter {name}: {conversion.problems[name]}" for name in names if name in conversion.problems]
+        stored = [name for name in names if name in conversion.values]
+        if failed:
+            problems.extend(failed)
+            continue
+        if not stored:
+            problems.append(_missing_message(names, parameter, checkpoint))
+            continue
+        name, value = stored[0], conversion.values[stored[0]]
+        problems.extend(_mismatch(name, value, parameter, checkpoint, shapes))
+        rules[names[0]] = ParameterRule(value, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+        aliases.update(dict.fromkeys(names[1:], names[0]))
+    _raise_problems(problems, checkpoint)
+    _report_unused(model, conversion, checkpoint)
+    order = {name: position for position, name in enumerate(checkpoint.tensors)}
+    in_file_order = sorted(rules.items(), key=lambda item: order[next(tensors_of(item[1].value))])
+    return WeightProgram(rules=dict(in_file_order), aliases=aliases)
+
+
+def load_parameters(
+    model: PreTrainedModel, model_dir: str | Path, progress: Progress = no_progress
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Check a checkpoint, then yield every parameter and persistent buffer of the model.
+
+    The dtypes are the model's own (build_meta_model chose them: the serving dtype, float32 where the model insists).
+    The check runs at the call, not at the first item.
+
+    Yields:
+        ``(name, tensor)``: CPU tensors that own their memory, in file order. The further names of a tied parameter
+        follow it with the same tensor.
+
+    Raises:
+        CheckpointError: as check_checkpoint; or a file changed after the check.
+    """
+    return run_program(check_checkpoint(model, model_dir), model_dir, progress)
+
+
+def run_program(
+    program: WeightProgram, model_dir: str | Path, progress: Progress = no_progress
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Execute a weight program; needs neither the model nor transformers. Yields and raises as load_parameters."""
+    checkpoint = Checkpoint.open(model_dir)
+    _raise_problems(checkpoint.problems, checkpoint)
+    needed = {tensor for rule in program.rules.values() for tensor in tensors_of(rule.value)}
+    missing = sorted(needed - checkpoint.tensors.keys())
+    _raise_problems([f"tensor {name} is missing: it was there when the plan was made" for name in missing], checkpoint)
+    shapes = {name: checkpoint.tensors[name].shape for name in needed}
+    return _stream(program, checkpoint, shapes, progress)
+
+
+def _stream(
+    program: WeightProgram, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], progress: Progress
+) -> Iterator[tuple[str, torch.Tensor]]:
+    also: dict[str, list[str]] = {}
+    for alias, name in program.aliases.items():
+        also.setdefault(name, []).append(alias)
+    done, total = 0, program.num_bytes
+    progress("load weights", 0, total)
+    for name, rule in program.rules.items():
+        if shape_of(rule.value, shapes) != rule.shape:
+            raise CheckpointError(
+                f"parameter {name}: expected shape {list(rule.shape)}, found {list(shape_of(rule.value, shapes))}: the "
+                "checkpoint is not the one that the plan was made for"
+            )
+        tensor = evaluate(rule, checkpoint, shapes)
+        yield name, tensor
+        for alias in also.get(name, ()):
+            yield alias, tensor
+        done += tensor.nbytes
+        progress("load weights", done, total)
+
+
+def dummy_parameters(model: PreTrainedModel, seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """Random values for every parameter and persistent buffer (``load_format="dummy"``): no checkpoint is read.
+
+    Values are uniform in [-1e-3, 1e-3], small enough that no activation overflows float16; the same seed gives the
+    same values, whatever order they are consumed in. Yields names as load_parameters does.
+    """
+    import torch
+
+    for position, (names, parameter) in enumerate(_parameters(model)):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        if parameter.dtype.is_floating_point:
+            # Drawn in float32 so that a value does not depend on the dtype beyond its rounding.
+            tensor = torch.empty(parameter.shape).uniform_(-1e-3, 1e-3, generator=generator).to(parameter.dtype)
+        else:
+            tensor = torch.zeros(parameter.shape, dtype=parameter.dtype)
+        for name in names:
+            yield name, tensor
+
+
+def stored_dtype(model_dir: str | Path) -> torch.dtype | None:
+    """The float dtype that most bytes of a checkpoint are stored in, or None when it has no float tensor."""
+    import torch
+
+    sizes: Counter[str] = Counter()
+    for entry in Checkpoint.open(model_dir).tensors.values():
+        if entry.dtype in FLOAT_DTYPES:
+            sizes[entry.dtype] += entry.nbytes
+    return getattr(torch, TORCH_DTYPES[sizes.most_common(1)[0][0]]) if sizes else None
+
+
+def _parameters(model: PreTrainedModel) -> list[tuple[list[str], torch.Tensor]]:
+    """Every parameter and persistent buffer once, with all its names (several when tied), model order."""
+    by_identity: dict[int, tuple[list[str], torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        by_identity.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return list(by_identity.values())
+
+
+def _untie_different(model: PreTrainedModel, values: dict[str, Expression], checkpoint: Checkpoint) -> None:
+    """Untie parameters whose names are all in the checkpoint with unequal values."""
+    import torch
+
+    for names, parameter in _parameters(model):
+        stored = [name for name in names if name in values]
+        for name in stored[1:]:
+            first, other = values[stored[0]], values[name]
+            if first == other or (
+                isinstance(first, Load) and isinstance(other, Load) and _equal(checkpoint, first.tensor, other.tensor)
+            ):
+                continue
+            logger.warning(
+                "%s: config ties %s to %s but the checkpoint holds different values: they are loaded separately",
+                checkpoint.directory,
+                name,
+                stored[0],
+            )
+            owner, _, leaf = name.rpartition(".")
+            fresh = torch.nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
+            setattr(model.get_submodule(owner), leaf, fresh)
+
+
+def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    a, b = checkpoint.tensors[first], checkpoint.tensors[second]
+    if a.shape != b.shape or a.dtype != b.dtype or not a.shape:
+        return a.shape == b.shape and bool((checkpoint.read(first) == checkpoint.read(second)).all())
+    rows = max(1, (64 << 20) // max(1, a.nbytes // a.shape[0]))  # 64 MiB a piece: embeddings can be gigabytes
+    for start in range(0, a.shape[0], rows):
+        count = min(rows, a.shape[0] - start)
+        if not bool((checkpoint.read(first, start, count) == checkpoint.read(second, start, count)).all()):
+            return False
+    return True
+
+
+def _missing_message(names: list[str], parameter: torch.Tensor, checkpoint: Checkpoint) -> str:
+    tied = f" (nor its tied name {', '.join(names[1:])})" if len(names) > 1 else ""
+    return f"tensor {names[0]} is missing{tied}: expected {_kind(parameter)} {list(parameter.shape)}, found none"
+
+
+def _mismatch(
+    name: str, value: Expression, parameter: torch.Tensor, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]
+) -> list[str]:
+    """What is wrong with a parameter's stored tensors: shape or kind of dtype."""
+    sources = list(tensors_of(value))
+    entry = checkpoint.tensors[sources[0]]
+    where = f"{entry.file}: tensor {sources[0]}"
+    if len(sources) > 1:
+        where += f" and {len(sources) - 1} more"
+    if not isinstance(value, Load):
+        where += f", which make {name}"
+    try:
+        found = shape_of(value, shapes)
+    except ShapeError as error:
+        return [f"{entry.file}: parameter {name}: {error}"]
+    problems = []
+    if found != tuple(parameter.shape):
+        problems.append(f"{where}: expected shape {list(parameter.shape)}, found {list(found)}")
+    for source in sources:
+        stored = checkpoint.tensors[source]
+        expected = FLOAT_DTYPES if parameter.dtype.is_floating_point else {"BOOL", "U8", "I8", "I16", "I32", "I64"}
+        if stored.dtype not in expected:
+            problems.append(f"{stored.file}: tensor {source}: expected {_kind(parameter)} values, found {stored.dtype}")
+            break
+    return problems
+
+
+def _kind(parameter: torch.Tensor) -> str:
+    return "float" if parameter.dtype.is_floating_point else "integer"
+
+
+def _report_unused(model: PreTrainedModel, conversion: ConversionResult, checkpoint: Checkpoint) -> None:
+    """Warn once about tensors that no parameter takes, except those that are known to be superfluous."""
+    if conversion.is_wrapped:
+        logger.info(
+            "%s: %d tensors belong to other parts of a multimodal model and are not loaded",
+            checkpoint.directory, len(conversion.unused),
+        )  # fmt: skip
+        return
+    patterns = [*RECOMPUTED_TENSORS, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    names = [name for name in conversion.unused if not any(re.search(pattern, name) for pattern in patterns)]
+    if names:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        logger.warning(
+            "%s: %d tensors are used by no parameter of %s: %s",
+            checkpoint.directory, len(names), type(model).__name__, shown,
+        )  # fmt: skip
+
+
+def _raise_problems(problems: list[str], checkpoint: Checkpoint) -> None:
+    if not problems:
+        return
+    lines = [f"  {problem}" for problem in problems[:MAX_PROBLEMS_SHOWN]]
+    if len(problems) > MAX_PROBLEMS_SHOWN:
+        lines.append(f"  ... and {len(problems) - MAX_PROBLEMS_SHOWN} more")
+    count = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+    raise CheckpointError(f"checkpoint {checkpoint.directory} cannot be loaded, {count}:\n" + "\n".join(lines))
