@@ -1,0 +1,207 @@
+"""Which requests run in the next step, and with how many tokens. Plain Python: no torch, no clock, no I/O."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import msgspec
+
+from graphserve.engine.kv_cache_manager import KVCacheManager
+from graphserve.engine.request import Request, RequestStatus
+
+
+class SchedulerLimits(msgspec.Struct, frozen=True):
+    """Bounds of one step.
+
+    Attributes:
+        max_num_seqs: most requests that run at a time.
+        max_num_batched_tokens: most tokens in one step.
+        max_logits_rows: most logits rows in one step, at least ``max_num_seqs``; it bounds the memory of prompt
+            log-probabilities, whose prompts are cut into smaller chunks.
+        enable_chunked_prefill: a prompt may be spread over several steps.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_logits_rows: int
+    enable_chunked_prefill: bool = True
+
+
+class ScheduledRequest(msgspec.Struct):
+    """A request's part in a step: tokens ``start .. start + num_tokens - 1`` of its sequence."""
+
+    request: Request
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the end of the known tokens, so that the next one is sampled."""
+        return self.end == self.request.num_tokens
+
+
+class SchedulerOutput(msgspec.Struct):
+    """One step: decoding requests first, then prefills; each in the order of arrival.
+
+    ``exhausted`` are requests that ran alone and still need more blocks than the pool has: they can never go on.
+    """
+
+    scheduled: list[ScheduledRequest]
+    exhausted: list[Request]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.scheduled)
+
+
+class Scheduler:
+    """First come, first served, with preemption by recompute.
+
+    Every request has computed tokens and known tokens; a step computes some of the difference. Running requests go
+    before waiting ones, decodes before prefills. If blocks lack, the request that arrived last loses all of its blocks
+    and waits at the front of the queue; so the one that arrived first always makes progress.
+
+    Invariant: waiting requests hold no blocks. ``running`` and ``waiting`` are each in the order of arrival, and every
+    running request arrived before every waiting one.
+    """
+
+    def __init__(self, limits: SchedulerLimits, kv: KVCacheManager) -> None:
+        assert limits.max_logits_rows >= limits.max_num_seqs
+        self.limits = limits
+        self.kv = kv
+        self.running: list[Request] = []
+        self.waiting: deque[Request] = deque()
+        self.num_preemptions = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a new request, which must have arrived after all others."""
+        self.waiting.append(request)
+
+    def finish(self, request: Request) -> None:
+        """Take a request out, wherever it is, and give its blocks back. Only between steps."""
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        elif request.status is not RequestStatus.FINISHED:
+            self.waiting.remove(request)
+        self.kv.free(request)
+        request.status = RequestStatus.FINISHED
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def schedule(self) -> SchedulerOutput:
+        """Choose the next step and take the blocks it writes to."""
+        step = _StepInProgress(self.limits)
+        exhausted: list[Request] = []
+        has_preempted = False
+        decoding = [r for r in self.running if r.is_decoding]
+        prefilling = [r for r in self.running if not r.is_decoding]
+        for request in decoding + prefilling:
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted by one before it
+            num_tokens = step.num_tokens_for(request)
+            if num_tokens == 0:
+                continue
+            while not self.kv.allocate(request, num_tokens):
+                if len(self.running) == 1:
+                    # Alone, and the pool is too small: a smaller chunk needs fewer blocks in windowed groups.
+                    num_tokens //= 2
+                    if num_tokens == 0:
+                        exhausted.append(request)
+                        break
+                    continue
+                victim = self.running[-1]
+                step.remove(victim)
+                self._preempt(victim)
+                has_preempted = True
+                if victim is request:
+                    num_tokens = 0
+                    break
+            if num_tokens:
+                step.add(request, num_tokens)
+        if not has_preempted and not exhausted:
+            self._admit(step, exhausted)
+        return SchedulerOutput(step.in_order(), exhausted)
+
+    def check(self) -> None:
+        """Assert the invariants of queues and blocks."""
+        assert len(self.running) <= self.limits.max_num_seqs
+        arrivals = [r.arrival for r in [*self.running, *self.waiting]]
+        assert arrivals == sorted(arrivals), "the order of arrival is lost"
+        assert all(r.status is RequestStatus.RUNNING for r in self.running)
+        assert all(not r.block_tables and r.num_computed_tokens == 0 for r in self.waiting), "waiting, with blocks"
+        self.kv.check(self.running)
+
+    def _admit(self, step: _StepInProgress, exhausted: list[Request]) -> None:
+        """Start waiting requests, in order, while tokens, rows, seats and blocks last."""
+        while self.waiting and len(self.running) < self.limits.max_num_seqs:
+            request = self.waiting[0]
+            num_tokens = step.num_tokens_for(request)
+            if num_tokens == 0:
+                break
+            needed = self.kv.num_blocks_for(request.num_tokens, num_tokens)
+            if self.running and needed > self.kv.pool.num_free:
+                break  # starting a prompt whose end does not fit would only bring about a preemption
+            while num_tokens and not self.kv.allocate(request, num_tokens):
+                num_tokens //= 2  # nothing else runs: see schedule()
+            if num_tokens == 0:
+                exhausted.append(request)
+                break
+            self.waiting.popleft()
+            request.status = RequestStatus.RUNNING
+            self.running.append(request)
+            step.add(request, num_tokens)
+
+    def _preempt(self, request: Request) -> None:
+        assert self.running[-1] is request
+        self.running.pop()
+        self.kv.free(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.status = RequestStatus.PREEMPTED
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+
+
+class _StepInProgress:
+    """The budget that is left and what has been scheduled so far."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self._limits = limits
+        self._num_tokens_left = limits.max_num_batched_tokens
+        # One row is set aside for each sequence; the rest may go to prompt positions.
+        self._num_prompt_rows_left = limits.max_logits_rows - limits.max_num_seqs
+        self._scheduled: dict[int, ScheduledRequest] = {}
+
+    def num_tokens_for(self, request: Request) -> int:
+        """Tokens of ``request`` that fit into this step, 0 for none."""
+        wanted = request.num_tokens_to_compute
+        num_tokens = min(wanted, self._num_tokens_left)
+        if num_tokens < wanted and not self._limits.enable_chunked_prefill:
+            return 0
+        if request.wants_prompt_logprobs:
+            num_tokens = min(num_tokens, self._num_prompt_rows_left + 1)
+        return num_tokens
+
+    def add(self, request: Request, num_tokens: int) -> None:
+        self._scheduled[request.arrival] = ScheduledRequest(request, request.num_computed_tokens, num_tokens)
+        self._num_tokens_left -= num_tokens
+        if request.wants_prompt_logprobs:
+            self._num_prompt_rows_left -= num_tokens - 1
+
+    def remove(self, request: Request) -> None:
+        """Undo :meth:`add`, if it was done."""
+        item = self._scheduled.pop(request.arrival, None)
+        if item is not None:
+            self._num_tokens_left += item.num_tokens
+            if request.wants_prompt_logprobs:
+                self._num_prompt_rows_left += item.num_tokens - 1
+
+    def in_order(self) -> list[ScheduledRequest]:
+        items: Iterable[ScheduledRequest] = self._scheduled.values()
+        return sorted(items, key=lambda item: (not item.request.is_decoding, item.request.arrival))

@@ -1,0 +1,187 @@
+"""From the scheduler's choice to the arrays of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from graphserve.engine.request import Request
+from graphserve.engine.scheduler import ScheduledRequest
+from graphserve.runtime.buckets import Buckets
+from graphserve.runtime.step_input import (
+    NO_LOGPROBS,
+    Int32Array,
+    Int64Array,
+    LogitsAdjustment,
+    PromptLogprobsRows,
+    SamplingInput,
+    StepInput,
+    sampling_keys,
+)
+
+BLOCK_TABLE_STEP = 8  # block tables are cut to the longest one in the step, rounded up to this
+
+
+class StepBuilder:
+    """Builds :class:`StepInput` from scheduled requests.
+
+    Args:
+        num_groups: cache groups of the plan.
+        block_size: tokens a block.
+        buckets: sizes to pad to.
+    """
+
+    def __init__(self, num_groups: int, block_size: int, buckets: Buckets) -> None:
+        self._num_groups = num_groups
+        self._block_size = block_size
+        self._buckets = buckets
+
+    def build(self, scheduled: Sequence[ScheduledRequest]) -> StepInput:
+        """Arrays of one step; ``scheduled`` is not empty and its order becomes the order of the sequences."""
+        num_tokens = sum(item.num_tokens for item in scheduled)
+        num_sequences = len(scheduled)
+        is_decode = num_tokens == num_sequences
+        padded_sequences = self._buckets.rows(num_sequences)
+        padded_tokens = padded_sequences if is_decode else self._buckets.tokens(num_tokens)
+
+        input_ids = np.zeros(padded_tokens, np.int64)
+        positions = np.zeros(padded_tokens, np.int64)
+        query_start_loc = np.full(padded_sequences + 1, num_tokens, np.int32)
+        seq_lens = np.zeros(padded_sequences, np.int32)
+        token = 0
+        for index, item in enumerate(scheduled):
+            query_start_loc[index] = token
+            seq_lens[index] = item.end
+            if item.num_tokens == 1:
+                input_ids[token] = item.request.token_ids[item.start]
+                positions[token] = item.start
+            else:
+                input_ids[token : token + item.num_tokens] = item.request.token_ids[item.start : item.end]
+                positions[token : token + item.num_tokens] = np.arange(item.start, item.end)
+            token += item.num_tokens
+
+        block_tables = [self._block_table(scheduled, g, padded_sequences) for g in range(self._num_groups)]
+        sequence_of_token = np.repeat(np.arange(num_sequences), [item.num_tokens for item in scheduled])
+        slot_mappings = [self._slots(table, sequence_of_token, positions) for table in block_tables]
+        sampling, logits_rows = self._sampling(scheduled, query_start_loc)
+        # Steps without prompt log-probabilities have one row a sequence, so that the shape depends on one count only.
+        padded_rows = max(padded_sequences, self._buckets.rows(len(logits_rows)))
+        if not self._buckets.is_enabled:
+            padded_rows = max(1, len(logits_rows))
+        logits_indices = np.zeros(padded_rows, np.int64)
+        logits_indices[: len(logits_rows)] = logits_rows
+        return StepInput(
+            input_ids=input_ids,
+            positions=positions,
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            block_tables=block_tables,
+            slot_mappings=slot_mappings,
+            logits_indices=logits_indices,
+            sampling=sampling,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+            num_logits_rows=len(logits_rows),
+        )
+
+    def _block_table(self, scheduled: Sequence[ScheduledRequest], group: int, num_rows: int) -> Int32Array:
+        """int32 [num_rows, B], null where a request has no block."""
+        tables = [item.request.block_tables[group] for item in scheduled]
+        width = -(-max(len(table) for table in tables) // BLOCK_TABLE_STEP) * BLOCK_TABLE_STEP
+        block_table = np.zeros((num_rows, width), np.int32)
+        for row, table in enumerate(tables):
+            block_table[row, : len(table)] = table
+        return block_table
+
+    def _slots(self, block_table: Int32Array, sequence_of_token: Int64Array, positions: Int64Array) -> Int64Array:
+        """int64 [T]: where each token's key and value go; padding tokens go to the null block."""
+        slots = np.zeros(len(positions), np.int64)
+        real = positions[: len(sequence_of_token)]
+        blocks = block_table[sequence_of_token, real // self._block_size].astype(np.int64)
+        slots[: len(real)] = blocks * self._block_size + real % self._block_size
+        return slots
+
+    def _sampling(
+        self, scheduled: Sequence[ScheduledRequest], query_start_loc: Int32Array
+    ) -> tuple[SamplingInput, list[int]]:
+        """Sampling arrays, and the token indices of the logits rows (without padding)."""
+        sampled = [(index, item.request) for index, item in enumerate(scheduled) if item.samples]
+        rows = [int(query_start_loc[index + 1]) - 1 for index, _ in sampled]
+        sampling = _sampling_input([request for _, request in sampled])
+        for index, item in enumerate(scheduled):
+            request = item.request
+            if not request.wants_prompt_logprobs or request.params.prompt_logprobs is None:
+                continue
+            # Row p predicts the token at p + 1. Rows already known come up again when a preempted prompt is recomputed.
+            first = max(item.start, request.num_known_prompt_logprobs)
+            last = min(item.end, request.num_prompt_tokens - 1)
+            if first < last:
+                targets = np.array(request.token_ids[first + 1 : last + 1], np.int64)
+                sampling.prompt_logprobs.append(
+                    PromptLogprobsRows(index, len(rows), targets, request.params.prompt_logprobs)
+                )
+                offset = int(query_start_loc[index]) - item.start
+                rows.extend(range(offset + first, offset + last))
+        return sampling, rows
+
+
+def _sampling_input(requests: Sequence[Request]) -> SamplingInput:
+    """Sampling of one row a request. Arrays that no row needs stay None."""
+    params = [request.params for request in requests]
+    sampling = SamplingInput(num_rows=len(requests))
+    adjustments = (_adjustment(row, request) for row, request in enumerate(requests))
+    sampling.adjustments = [adjustment for adjustment in adjustments if adjustment is not None]
+    if any(p.logprobs is not None for p in params):
+        sampling.num_logprobs = [NO_LOGPROBS if p.logprobs is None else p.logprobs for p in params]
+    if all(p.is_greedy for p in params):
+        return sampling
+    sampling.is_greedy = False
+    sampling.temperature = np.array([0.0 if p.is_greedy else p.temperature for p in params], np.float32)
+    sampling.top_k = np.array([p.top_k for p in params], np.int64)
+    sampling.top_p = np.array([p.top_p for p in params], np.float32)
+    sampling.min_p = np.array([p.min_p for p in params], np.float32)
+    sampling.keys = sampling_keys([r.core_request.seed for r in requests], [r.num_tokens for r in requests])
+    return sampling
+
+
+def _adjustment(row: int, request: Request) -> LogitsAdjustment | None:
+    """The row's :class:`LogitsAdjustment`, None if its logits stay as they are."""
+    params = request.params
+    banned = _banned_ids(request)
+    if not (banned or params.logit_bias or params.allowed_token_ids or params.has_penalties):
+        return None
+    adjustment = LogitsAdjustment(row)
+    if params.allowed_token_ids:
+        adjustment.allowed_ids = np.array(params.allowed_token_ids, np.int64)
+    if banned:
+        adjustment.banned_ids = np.array(banned, np.int64)
+    if params.logit_bias:
+        adjustment.bias_ids = np.array(list(params.logit_bias), np.int64)
+        adjustment.bias_values = np.array(list(params.logit_bias.values()), np.float32)
+    if params.repetition_penalty != 1.0:
+        adjustment.repetition_penalty = params.repetition_penalty
+        adjustment.seen_ids = np.unique(np.array(request.token_ids, np.int64))
+    if params.frequency_penalty or params.presence_penalty:
+        adjustment.frequency_penalty = params.frequency_penalty
+        adjustment.presence_penalty = params.presence_penalty
+        output_ids = np.array(request.token_ids[request.num_prompt_tokens :], np.int64)
+        adjustment.output_ids, counts = np.unique(output_ids, return_counts=True)
+        adjustment.output_counts = counts.astype(np.float32)
+    return adjustment
+
+
+def _banned_ids(request: Request) -> list[int]:
+    """Ids that must not come next: ends before ``min_tokens``, and last tokens of bad words under way."""
+    banned: list[int] = []
+    # The next token is number num_output_tokens + 1; the output may end with number min_tokens at the earliest.
+    if request.num_output_tokens + 1 < request.params.min_tokens:
+        banned.extend(request.core_request.eos_token_ids)
+        banned.extend(request.stop_token_ids)
+    if request.core_request.bad_words_token_ids:
+        output = request.token_ids[request.num_prompt_tokens :].tolist()
+        for word in request.core_request.bad_words_token_ids:
+            before = word[:-1]
+            if len(before) <= len(output) and output[len(output) - len(before) :] == before:
+                banned.append(word[-1])
+    return banned
