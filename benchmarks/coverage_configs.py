@@ -112,6 +112,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Overrides by model_type, applied last. Nested dicts are for sub-configs. They show layer types that the default config
 # does not have, or repair sizes that the class derives from others.
 _SLIDING_AND_FULL = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _QWEN4_INDEXER = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
@@ -129,12 +130,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "cohere_compass_text": {
         "layer_types": _SLIDING_AND_FULL,
-        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": None},
+        "rope_parameters": {"sliding_attention": _DEFAULT_ROPE, "full_attention": None},
     },
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 2.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 6, "moe_top_k": 2},
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rope_parameters": _DEFAULT_ROPE,
     },
     "deepseek_v3": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -146,7 +147,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "n_group": 2,
         "topk_group": 1,
     },
-    "dots3_note": {"audio_config": {"adapter_in_dim": 64, "adapter_out_dim": 64}},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 3,
         "num_kv_shared_layers": 2,

@@ -96,8 +96,8 @@ SIZES: dict[str, Any] = {
 }
 # These are set although the default is None; elsewhere None means that the model goes without.
 _SET_WHEN_NONE = ("num_key_value_heads", "num_kv_heads", "head_dim", "sliding_window")
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
-_DEPTHS += ("num_encoder_layers", "num_decoder_layers", "num_blocks")
+_DEPTHS: tuple[str, ...] = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+_DEPTHS += ("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
 _LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types")
 _TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _FIRST_EXTRA_TOKEN = LAST_TEXT_TOKEN + 2
@@ -157,7 +157,9 @@ def _shrink(config_class: type[PretrainedConfig], overrides: dict[str, Any]) -> 
 def _default_fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
     """Fields of the default config, with sliding layers switched on where that is an option."""
     parameters = inspect.signature(config_class).parameters
-    sliding = {"use_sliding_window": True, "sliding_window": WINDOW} if "use_sliding_window" in parameters else {}
+    sliding: dict[str, Any] = {}
+    if "use_sliding_window" in parameters:
+        sliding = {"use_sliding_window": True, "sliding_window": WINDOW}
     try:
         return dict(vars(config_class(**sliding)))
     except (ValueError, TypeError):  # defaults that contradict one another: the signature still names the fields
@@ -217,7 +219,8 @@ def checkpoint_tensors(model: nn.Module, remove_duplicate: bool = False) -> dict
     """Parameters and persistent buffers by the model's own names (ties under every name unless `remove_duplicate`)."""
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=remove_duplicate))
     persistent = set(model.state_dict().keys())
-    tensors.update({name: b for name, b in model.named_buffers(remove_duplicate=remove_duplicate) if name in persistent})
+    buffers = dict(model.named_buffers(remove_duplicate=remove_duplicate))
+    tensors.update({name: buffer for name, buffer in buffers.items() if name in persistent})
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
