@@ -22,7 +22,7 @@ _NAMED_IN_REQUEST = ("a story about", "a short story about", "a little story abo
 
 def tidy(story: str) -> str:
     """Replace the typographic quotes and dashes of a story by plain ones and trim its lines."""
-    plain = story.translate(str.maketrans({"“": '"', "”": '"', "’": "'", "‘": "'", "–": "-", "—": "-"}))
+    plain = story.translate(str.maketrans("“”’‘–—", "\"\"''--"))
     return re.sub(r"\n+", "\n\n", "\n".join(line.strip() for line in plain.strip().splitlines()))
 
 

@@ -1,8 +1,8 @@
 """Train the demo model: ``python -m graphserve.demo.train TINYSTORIES.json --output FOLDER``.
 
 The text is a JSON list of real stories (the TinyStories slice) plus stories, chats and answers that
-:mod:`graphserve.demo.corpus` writes. The tokenizer is trained on the same text. Every
-draw is seeded: the same data, seed, steps and library versions give the same text in the same order.
+:mod:`graphserve.demo.corpus` writes. The tokenizer is trained on the same text. Every draw is seeded: the
+same data, seed, steps and library versions give the same text in the same order.
 
 Matrices are trained with Muon, embedding and norms with AdamW; both follow one warmup and cosine schedule.
 """
@@ -71,7 +71,7 @@ class Packer:
     def __init__(self, source: Iterator[str], tokenizer: Tokenizer) -> None:
         self._source = source
         self._tokenizer = tokenizer
-        self._pad = tokenizer.token_to_id(PAD)
+        self._pad = tokenizer.encode(PAD).ids[0]
         self._waiting: list[list[int]] = []
 
     def batch(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
@@ -211,7 +211,7 @@ def train(args: argparse.Namespace) -> None:
         # Every eighth step uses the longest rows, so that all positions are trained; the others are cheaper.
         length = MAX_POSITIONS if step % 8 == 0 else MAX_POSITIONS // 2
         loss = loss_of(model, *packer.batch(TOKENS_PER_STEP // length, length))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
