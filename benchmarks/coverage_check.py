@@ -56,7 +56,7 @@ class CoverageRow(msgspec.Struct):
     isolation_error: float | None = None
     seconds: float = 0.0
     transformers: str = transformers.__version__
-    torch: str = torch.__version__
+    torch: str = str(torch.__version__)
 
     @property
     def key(self) -> str:
