@@ -1,6 +1,9 @@
 """Remove from an L1 graph what ties it to the machine it was traced on: devices, assertions, constants.
 
 After this no node mentions a device except creation ops, whose ``device`` argument the plan's device replaces.
+
+A model that numbers its tokens itself (``arange(T)``) means the positions of one request that starts at 0; packed with
+others, the numbers are the ``positions`` input.
 """
 
 from __future__ import annotations
@@ -11,6 +14,10 @@ from torch import fx
 from graphserve.errors import UnsupportedModelError
 
 aten = torch.ops.aten
+
+# These give back their argument itself, so the tracer takes all later uses of the argument for uses of the result:
+# an alias made inside one layer would then seem to be handed to the next.
+_IDENTITIES = {aten.contiguous, aten.alias, aten.detach, aten.lift_fresh, aten.resolve_conj, aten.resolve_neg}
 
 _ASSERTIONS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "_check"}
 
@@ -47,10 +54,41 @@ def canonicalize(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             if node.target._schema.name.split("::")[1] in _ASSERTIONS and not node.users:
                 gm.graph.erase_node(node)
+            elif node.target.overloadpacket is aten.arange:
+                _number_by_position(gm, node)
+            elif _is_identity(node):
+                node.replace_all_uses_with(node.args[0])
+                gm.graph.erase_node(node)
             else:
                 _drop_device(gm, node)
     gm.recompile()
     return constants
+
+
+def _is_identity(node: fx.Node) -> bool:
+    packet = node.target.overloadpacket  # type: ignore[union-attr]
+    return packet in _IDENTITIES or (packet is aten.dropout and node.args[2] is False)
+
+
+def _number_by_position(gm: fx.GraphModule, node: fx.Node) -> None:
+    """``arange(T)`` → ``positions[0]``."""
+    positions = next((n for n in gm.graph.nodes if n.meta.get("gs_input") == "positions"), None)
+    if positions is None or str(node.meta["val"].shape[0]) != str(positions.meta["val"].shape[1]):
+        return
+    starts_at_zero = node.target is aten.arange.default or node.args[0] == 0
+    unit_step = len(node.args) < 3 or node.args[2] == 1
+    if not (starts_at_zero and unit_step):
+        return
+    value = node.meta["val"]
+    with gm.graph.inserting_before(node):
+        new = gm.graph.call_function(aten.select.int, (positions, 0, 0))
+        new.meta = {**node.meta, "val": positions.meta["val"][0]}
+        if value.dtype != torch.int64:
+            cast = gm.graph.call_function(aten.to.dtype, (new, value.dtype))
+            cast.meta = dict(node.meta)
+            new = cast
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
 
 
 def _drop_device(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -62,11 +100,17 @@ def _drop_device(gm: fx.GraphModule, node: fx.Node) -> None:
         dtype = node.kwargs.get("dtype")
     elif target is aten.to.other:
         dtype = node.args[1].meta["val"].dtype
+    elif target is aten.to.dtype:
+        dtype = node.args[1]
     else:
         return
     source = node.args[0]
+    if dtype in (None, source.meta["val"].dtype):
+        node.replace_all_uses_with(source)
+        gm.graph.erase_node(node)
+        return
     with gm.graph.inserting_before(node):
-        new = gm.graph.call_function(aten.to.dtype, (source, dtype or source.meta["val"].dtype))
+        new = gm.graph.call_function(aten.to.dtype, (source, dtype))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)

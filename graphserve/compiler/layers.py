@@ -10,6 +10,7 @@ more than the hidden state, the model is traced at full depth instead.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Hashable, Iterator
@@ -105,6 +106,7 @@ def _plain(value: Any) -> Hashable | None:
     return None
 
 
+@functools.cache
 def _forward_uses_layer_number(cls: type[nn.Module]) -> bool:
     try:
         source = inspect.getsource(cls.forward)
@@ -205,6 +207,8 @@ def why_not_repeatable(gm: fx.GraphModule, stack: LayerStack) -> str | None:
     found = regions(gm.graph)
     if set(found) != set(stack.traced):
         return "layers do not take and give the hidden state as a tensor"
+    if _between_layers(gm.graph, found) is None:
+        return "the model computes something of its own between layers"
     owner = {node: layer for layer, region in found.items() for node in region.nodes}
     for layer, region in found.items():
         for node in region.nodes:
@@ -214,12 +218,29 @@ def why_not_repeatable(gm: fx.GraphModule, stack: LayerStack) -> str | None:
     for before, after in zip(stack.traced, stack.traced[1:], strict=False):
         if found[after].begin.args[0] is not found[before].end or len(found[before].end.users) != 1:
             return f"the model computes something of its own between layers {before} and {after}"
+    if not stack.is_reduced:
+        return None  # every layer stands for itself
     first: dict[int, int] = {}
     for layer in stack.traced:
         other = first.setdefault(stack.types[layer], layer)
         if other != layer and _shape_of(found[other], stack.path) != _shape_of(found[layer], stack.path):
             return f"layers {other} and {layer} look alike but trace differently"
     return None
+
+
+def _between_layers(graph: fx.Graph, found: dict[int, Region]) -> list[fx.Node] | None:
+    """Nodes outside the layers that come before the last layer's end, in order; None if one depends on a layer."""
+    owned = {node for r in found.values() for node in (*r.nodes, r.begin, r.end)}
+    last_end = max(found.items())[1].end
+    outside: list[fx.Node] = []
+    for node in graph.nodes:
+        if node is last_end:
+            return outside
+        if node not in owned:
+            if any(n in owned for n in node.all_input_nodes):
+                return None
+            outside.append(node)
+    return outside
 
 
 def _shape_of(region: Region, path: str) -> list[Any]:
@@ -232,6 +253,8 @@ def _shape_of(region: Region, path: str) -> list[Any]:
             return ("local", numbers[node])
         if node is region.begin:
             return "hidden"
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            return ("size", str(node.meta["val"]))  # several nodes may hold one size
         weight = node.meta.get("gs_weight")
         if weight is not None and weight.startswith(prefix):
             return ("weight", weight[len(prefix) :])
@@ -260,8 +283,6 @@ def repeat_layers(gm: fx.GraphModule, stack: LayerStack) -> fx.GraphModule:
     weights: dict[str, fx.Node] = {}
     last_placeholder: fx.Node | None = None
     owned = {node for r in found.values() for node in (*r.nodes, r.begin, r.end)}
-    first_begin = found[stack.traced[0]].begin
-    last_end = found[stack.traced[-1]].end
 
     def copy(node: fx.Node, lookup: Callable[[fx.Node], fx.Node]) -> fx.Node:
         nonlocal last_placeholder
@@ -308,15 +329,19 @@ def repeat_layers(gm: fx.GraphModule, stack: LayerStack) -> fx.GraphModule:
             local[node] = made
         return lookup(region.end.args[0])
 
+    outside = _between_layers(gm.graph, found)
+    assert outside is not None, "why_not_repeatable comes first"
+    for node in outside:
+        env[node] = copy(node, lambda n: env[n])
+    hidden = env[found[stack.traced[0]].begin.args[0]]
+    for layer in range(stack.depth):
+        hidden = emit_layer(layer, hidden)
+    last_end = found[stack.traced[-1]].end
+    env[last_end] = hidden
     for node in gm.graph.nodes:
-        if node is first_begin:
-            hidden = env[node.args[0]]
-            for layer in range(stack.depth):
-                hidden = emit_layer(layer, hidden)
-            env[last_end] = hidden
-        elif node.op == "output":
+        if node.op == "output":
             new.output(fx.node.map_arg(node.args[0], lambda n: env[n]))
-        elif node not in owned:
+        elif node not in owned and node not in env:
             env[node] = copy(node, lambda n: env[n])
     full = fx.GraphModule(gm, new)
     full.meta = dict(gm.meta)

@@ -51,9 +51,10 @@ def check_rowwise(gm: fx.GraphModule) -> None:
     if ids is None:
         raise UnsupportedModelError("the graph does not read input_ids")
     symbol = ids.meta["val"].shape[1].node.expr
+    outer: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
         if node.op == "call_function":
-            reason = _why_not(node, symbol)
+            reason = _why_not(node, symbol, outer)
             if reason is not None:
                 raise UnsupportedModelError(f"{_describe(node)}: {reason}; requests packed together would mix")
 
@@ -78,7 +79,13 @@ def _has_token_symbol(value: Any, symbol: Any) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat)) and symbol in value.node.expr.free_symbols
 
 
-def _why_not(node: fx.Node, symbol: Any) -> str | None:
+def _why_not(node: fx.Node, symbol: Any, outer: dict[fx.Node, Any]) -> str | None:
+    """Why ``node`` may mix tokens, or None.
+
+    Args:
+        outer: for a node whose token dimension was merged with dimensions before it (size ``outer * T * inner``), the
+            outer factor; 1 for others. Updated for ``node``.
+    """
     target = node.target
     if target is operator.getitem or not isinstance(target, torch._ops.OpOverload):
         return None
@@ -108,11 +115,20 @@ def _why_not(node: fx.Node, symbol: Any) -> str | None:
     if _pointwise(target):
         if any(_has_token_symbol(n.meta.get("val"), symbol) for n in inputs):
             return "computes with the token count"
-        from_end = {dims[0] - n.meta["val"].dim() for n, dims in token_inputs}
-        return None if len(from_end) == 1 else "combines different tokens"
+        places = {(dims[0] - n.meta["val"].dim(), outer.get(n, 1)) for n, dims in token_inputs}
+        if len(places) > 1:
+            return "combines different tokens"
     if packet in _RESHAPES:
-        return _reshape_reason(node, token_inputs[0], symbol)
-    if packet in _PERMUTES:
+        return _reshape_reason(node, token_inputs[0], symbol, outer)
+    factors = {outer.get(n, 1) for n, _ in token_inputs}
+    if len(factors) > 1:
+        return "combines different tokens"
+    outer[node] = factors.pop()
+    if packet is aten.repeat:
+        source, dims = token_inputs[0]
+        repeats = node.args[1]
+        outer[node] *= repeats[dims[0] + len(repeats) - source.meta["val"].dim()]
+    if _pointwise(target) or packet in _PERMUTES:
         return None
     if packet in _NORMS:
         normalized = node.args[1] if isinstance(node.args[1], Sequence) else ()
@@ -138,7 +154,7 @@ def _is_buffer(node: fx.Node) -> bool:
 def _pointwise(target: torch._ops.OpOverload) -> bool:
     return torch.Tag.pointwise in target.tags or target.overloadpacket in (
         aten.to, aten._to_copy, aten.where, aten.type_as, aten.copy_, aten.masked_fill, aten.masked_fill_, aten.one_hot,
-        aten.softplus, aten.dropout_, aten.copy, aten.float_power, aten.relu6, aten.selu, aten.prelu,
+        aten.softplus, aten.dropout_, aten.polar, aten.complex, aten.copy, aten.float_power, aten.relu6, aten.selu, aten.prelu,
     )  # fmt: skip
 
 
@@ -162,13 +178,19 @@ def _output_dims(node: fx.Node, symbol: Any) -> list[int]:
     return token_dims(value, symbol)
 
 
-def _reshape_reason(node: fx.Node, source: tuple[fx.Node, list[int]], symbol: Any) -> str | None:
-    before = source[0].meta["val"].shape[: source[1][0]]
+def _reshape_reason(
+    node: fx.Node, source: tuple[fx.Node, list[int]], symbol: Any, outer: dict[fx.Node, Any]
+) -> str | None:
+    before = _product(source[0].meta["val"].shape[: source[1][0]]) * outer.get(source[0], 1)
     dims = token_dims(node.meta["val"], symbol)
     if not dims:
         return "hides the token dimension"
-    after = node.meta["val"].shape[: dims[0]]
-    return None if _product(before) == _product(after) else "scatters tokens over other dimensions"
+    after = _product(node.meta["val"].shape[: dims[0]])
+    if not (isinstance(before, int) and isinstance(after, int)) or before % after:
+        return "scatters tokens over other dimensions"
+    outer[node] = before // after
+    coefficient = node.meta["val"].shape[dims[0]].node.expr.coeff(symbol, 1)
+    return None if coefficient % outer[node] == 0 else "scatters tokens over other dimensions"
 
 
 def _product(sizes: Iterable[Any]) -> Any:
