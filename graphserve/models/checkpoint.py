@@ -119,7 +119,7 @@ class Checkpoint:
             row_bytes = entry.nbytes // shape[0]
             shape, offset, nbytes = (num_rows, *shape[1:]), offset + first_row * row_bytes, num_rows * row_bytes
         buffer = torch.empty(nbytes, dtype=torch.uint8)
-        target = memoryview(buffer.numpy())
+        target = memoryview(buffer.numpy().data)
         path = self.directory / entry.file
         try:
             with open(path, "rb", buffering=0) as stream:

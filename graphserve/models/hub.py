@@ -102,12 +102,14 @@ def _download(
     """Fetch configuration, refuse what cannot be served, then fetch the weights."""
     from graphserve.models.config import check_servable, read_config_json
 
-    options = {"revision": revision, "cache_dir": download_dir, "token": token, "progress": progress}
-    folder = _snapshot(name, CONFIG_PATTERNS, **options)
+    def fetch(patterns: list[str]) -> Path:
+        return _snapshot(name, patterns, revision, download_dir, token, progress)
+
+    folder = fetch(CONFIG_PATTERNS)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{name!r} has no config.json on the hub: it is not a transformers checkpoint")
     check_servable(read_config_json(folder))
-    folder = _snapshot(name, CONFIG_PATTERNS + WEIGHT_PATTERNS, **options)
+    folder = fetch(CONFIG_PATTERNS + WEIGHT_PATTERNS)
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(_no_weights_message(name, folder, revision, token))
     return folder
@@ -116,7 +118,6 @@ def _download(
 def _snapshot(
     name: str,
     patterns: list[str],
-    *,
     revision: str | None,
     cache_dir: str | Path | None,
     token: str | bool | None,

@@ -81,7 +81,7 @@ def _set_value(module: nn.Module, buffer: str, value: torch.Tensor) -> None:
         module._buffers[buffer] = value.to(current.device)
 
 
-def _bake(name: str, module: nn.Module, layer_type: str | None, rope_type: str, max_model_len: int) -> None:
+def _bake(name: str, module: Any, layer_type: str | None, rope_type: str, max_model_len: int) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = module.config.rope_parameters if layer_type is None else module.config.rope_parameters[layer_type]
