@@ -19,8 +19,8 @@ from graphserve.compiler.lowering import Lowering, dtype_name
 from graphserve.compiler.pipeline import FUSE, LIFT, PassReport, run_pipeline
 from graphserve.compiler.rowwise import check_rowwise
 from graphserve.errors import UnsupportedModelError
-from graphserve.passes.context import PassContext
-from graphserve.plan.schema import CacheGroup, Launch, Plan, TensorSpec, WeightSpec
+from graphserve.passes.context import PassContext, WeightRecipe
+from graphserve.plan.schema import CacheGroup, Launch, Plan, TensorSpec, WeightPart, WeightSpec
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +82,14 @@ def build_plan(
     with phase("repeat"):
         if stack is not None:
             gm = repeat_layers(gm, stack)
-            ctx.gm = gm
+            lifted, ctx = ctx, PassContext(gm, max_model_len)
+            ctx.weight_recipes |= _repeat_recipes(lifted.weight_recipes, stack)
     with phase("fuse"):
         reports += run_pipeline(gm, ctx, FUSE)
     with phase("lower"):
         plan = _lower(gm, ctx, model, max_model_len, constants | buffers)
     plan.passes = [msgspec.to_builtins(r) for r in reports]
-    used = {name for spec in plan.weights.values() if spec.op == "buffer" for name in spec.args}
-    values = {name: value for name, value in (constants | buffers).items() if name in used}
+    values = {n: v for n, v in (constants | buffers).items() if n in plan.weights and plan.weights[n].source == "constant"}
     return BuildResult(plan, values, gm, stack, reports, notes, seconds)
 
 
@@ -135,6 +135,18 @@ def _capture_stack(model: nn.Module, full_depth: bool, notes: list[str]) -> tupl
     return capture(model, names), None
 
 
+def _repeat_recipes(recipes: dict[str, WeightRecipe], stack: LayerStack) -> dict[str, WeightRecipe]:
+    """Recipes of the traced layers' weights, for every layer they stand for."""
+    repeated = dict(recipes)
+    for layer in range(stack.depth):
+        old, new = f"{stack.path}.{stack.representative(layer)}.", f"{stack.path}.{layer}."
+        for name, (op, sources, dim) in recipes.items():
+            if name.startswith(old):
+                renamed = [new + s.removeprefix(old) if s.startswith(old) else s for s in sources]
+                repeated[new + name.removeprefix(old)] = (op, renamed, dim)
+    return repeated
+
+
 def _check_attention_count(gm: fx.GraphModule, model: nn.Module, stack: LayerStack | None) -> None:
     """Each layer with an attention module must show in the graph, or something of it was lost."""
     nodes = [n for n in gm.graph.nodes if n.target is torch.ops.gs.attention_trace.default]
@@ -157,14 +169,14 @@ def _lower(
     weights: dict[str, WeightSpec] = {}
     # Init graphs first: they may read weights that the main graph does not.
     for name, graph in ctx.init_graphs.items():
-        init += _lower_init(name, graph, weights, ctx, constants)
+        init += _lower_init(name, graph, weights, ctx, constants, model)
     for node in gm.graph.nodes:
         if node.op != "placeholder":
             continue
         if "gs_weight" in node.meta:
             name = node.meta["gs_weight"]
-            if node.users or name in ctx.init_graphs:
-                weights[name] = _weight_spec(name, node, ctx, constants)
+            if node.users:
+                weights[name] = _weight_spec(name, node, ctx, constants, model)
                 lowering.add_input(node, name)
         elif node.users:
             lowering.add_opaque_input(node, node.meta["gs_input"])
@@ -192,30 +204,50 @@ def _lower(
     )
 
 
-def _weight_spec(name: str, node: fx.Node, ctx: PassContext, constants: dict[str, torch.Tensor]) -> WeightSpec:
+def _weight_spec(name: str, node: fx.Node, ctx: PassContext, known: dict[str, torch.Tensor], model: nn.Module) -> WeightSpec:
     value = node.meta["val"]
     spec = TensorSpec(tuple(int(d) for d in value.shape), dtype_name(value.dtype))
     if name in ctx.init_graphs:
-        return WeightSpec(spec, "init", ())
-    if name in ctx.weight_recipes:
-        op, names, dim = ctx.weight_recipes[name]
-        return WeightSpec(spec, op, tuple(names), dim)  # type: ignore[arg-type]
-    if name in constants:
-        return WeightSpec(spec, "buffer", (name,))
-    return WeightSpec(spec, "param", (name,))
+        return WeightSpec(spec, "init")
+    if name in known:
+        return WeightSpec(spec, "constant")
+    dim = ctx.weight_recipes[name][2] if name in ctx.weight_recipes else 0
+    return WeightSpec(spec, "parameters", tuple(_parts(name, dim, ctx, model)), dim)
+
+
+def _parts(name: str, dim: int, ctx: PassContext, model: nn.Module) -> list[WeightPart]:
+    """The parameters that a weight is joined from, flattened through recipes of recipes."""
+    if name not in ctx.weight_recipes:
+        shape = _tensor(model, name).shape
+        return [WeightPart(name, shape[dim] if shape else 1)]
+    op, names, _ = ctx.weight_recipes[name]
+    if op == "transpose":
+        return [WeightPart(names[0], _tensor(model, names[0]).shape[1 - dim], is_transposed=True)]
+    return [part for source in names for part in _parts(source, dim, ctx, model)]
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), leaf)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
 
 
 def _lower_init(
-    name: str, gm: fx.GraphModule, weights: dict[str, WeightSpec], ctx: PassContext, constants: dict[str, torch.Tensor]
+    name: str,
+    gm: fx.GraphModule,
+    weights: dict[str, WeightSpec],
+    ctx: PassContext,
+    known: dict[str, torch.Tensor],
+    model: nn.Module,
 ) -> list[Launch]:
-    positions: Any = next(n for n in gm.graph.nodes if n.meta.get("gs_input") == "positions")
-    lowering = Lowering(positions.meta["val"].shape[1].node.expr, None, prefix=f"{name}/")
-    for node in gm.graph.nodes:
-        if node.op != "placeholder":
-            continue
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    lowering = Lowering(None, None, prefix=f"{name}/")  # positions are [1, max_model_len]: every size is known
+    for node in placeholders:
         if "gs_weight" in node.meta:
-            weights.setdefault(node.meta["gs_weight"], _weight_spec(node.meta["gs_weight"], node, ctx, constants))
-            lowering.add_input(node, node.meta["gs_weight"])
+            weight = node.meta["gs_weight"]
+            weights.setdefault(weight, _weight_spec(weight, node, ctx, known, model))
+            lowering.add_input(node, weight)
         else:
             lowering.add_input(node, node.meta["gs_input"])
     output = lowering.value_name(lowering.lower(gm.graph))

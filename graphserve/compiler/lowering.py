@@ -26,12 +26,12 @@ class Lowering:
     """Turns one graph into launches.
 
     Args:
-        tokens: the symbol of the token count in the graph's fake tensors.
+        tokens: the symbol of the token count in the graph's fake tensors, or None if it has none.
         rows: the symbol of the logits row count, or None.
         prefix: put before buffer names (init graphs have their own name space).
     """
 
-    def __init__(self, tokens: Any, rows: Any | None, prefix: str = "") -> None:
+    def __init__(self, tokens: Any | None, rows: Any | None, prefix: str = "") -> None:
         self._tokens = tokens
         self._rows = rows
         self._prefix = prefix
@@ -69,9 +69,9 @@ class Lowering:
         if isinstance(size, int):
             return size
         expr = sympy.expand(size.node.expr)
-        t = expr.coeff(self._tokens, 1)
+        t = expr.coeff(self._tokens, 1) if self._tokens is not None else sympy.Integer(0)
         r = expr.coeff(self._rows, 1) if self._rows is not None else sympy.Integer(0)
-        rest = sympy.expand(expr - t * self._tokens - (r * self._rows if self._rows is not None else 0))
+        rest = sympy.expand(expr - sum(k * s for k, s in ((t, self._tokens), (r, self._rows)) if s is not None))
         if not (t.is_Integer and r.is_Integer and rest.is_Integer):
             raise CompileError(f"size {expr} is not affine in the number of tokens and logits rows")
         if t == 0 and r == 0:

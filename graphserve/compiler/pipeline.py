@@ -18,37 +18,62 @@ from graphserve.errors import CompileError
 from graphserve.passes import (
     activation,
     add_norm,
+    attention,
     canonical_forms,
     common_subexpressions,
     embedding,
     functionalize,
     glu,
+    last_rows,
     layer_norm,
     linear,
     merge_linears,
     no_ops,
+    position_tables,
     rms_norm,
+    rope,
+    row_reshape,
+    weight_constants,
 )
 from graphserve.passes.base import Match, Pass, Tier
 from graphserve.passes.context import PassContext
-from graphserve.passes.match import module_path, same_shape
+from graphserve.passes.match import is_write, module_path, same_shape
 
 logger = logging.getLogger(__name__)
 
-PIPELINE: tuple[Pass, ...] = (
+# On one or two layers of each type, between layer markers: what a layer is made of.
+LIFT: tuple[Pass, ...] = (
     functionalize.PASS,  # first: every later pass reads the graph as mathematics
     canonical_forms.PASS,
     no_ops.PASS,
     common_subexpressions.PASS,  # before patterns: they compare operands by identity
+    layer_norm.PASS,  # before rms_norm, which would see the root mean square of the centred values
     rms_norm.PASS,
-    layer_norm.PASS,
     linear.PASS,
     embedding.PASS,
     activation.PASS,
-    glu.PASS,
-    merge_linears.PASS,
-    add_norm.PASS,
+    glu.PASS,  # after activation: it gates what that pass found
+    rope.PASS,
+    row_reshape.PASS,  # after the row-wise ops are lifted: it moves reshapes behind them
+    no_ops.PASS,  # removes the pairs of reshapes that now meet
 )
+
+# At full depth, markers gone: what reaches over layers, and what numbers them.
+FUSE: tuple[Pass, ...] = (
+    common_subexpressions.PASS,
+    no_ops.PASS,
+    last_rows.PASS,
+    merge_linears.PASS,  # before attention: q, k and v shall be columns of one product
+    common_subexpressions.PASS,  # rope made the tables of each layer anew: one for all
+    position_tables.PASS,
+    weight_constants.PASS,  # after position_tables, which takes inv_freq along with the positions
+    add_norm.PASS,  # after last_rows, which moves the gather to before the final norm
+    attention.PASS,  # after position_tables: the fused write reads the tables themselves
+    no_ops.PASS,
+    common_subexpressions.PASS,
+)
+
+PIPELINE = LIFT + FUSE
 
 
 class Site(msgspec.Struct, frozen=True):
@@ -157,7 +182,7 @@ def _erase_dead(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     pending = list(nodes)
     while pending:
         node = pending.pop()
-        if node._erased or node.users or node.op != "call_function" or node.is_impure():
+        if node._erased or node.users or node.op != "call_function" or is_write(node):
             continue
         pending.extend(node.all_input_nodes)
         graph.erase_node(node)

@@ -39,12 +39,19 @@ def _frozen(argument: Any) -> Any:
 
 
 def find(graph: fx.Graph) -> Iterator[Match]:
-    seen: dict[Any, fx.Node] = {}
+    outside: dict[Any, fx.Node] = {}
+    seen = outside
     for node in list(graph.nodes):
+        # Between layer markers a call may share what was made outside, but not what another layer made: the layer is
+        # going to be repeated alone.
+        if node.target is torch.ops.gs.layer_begin.default:
+            seen = {}
+        elif node.target is torch.ops.gs.layer_end.default:
+            seen = outside
         key = _key(node)
         if key is None:
             continue
-        first = seen.setdefault(key, node)
+        first = outside[key] if key in outside else seen.setdefault(key, node)
         if first is not node:
             yield Match(node, (node,), {"first": first})
 

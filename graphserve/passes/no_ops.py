@@ -1,7 +1,7 @@
 """Ops that return their input unchanged are removed.
 
     to(x, x.dtype), mul(x, 1.0), div(x, 1.0), add(x, 0), dropout(x, p, train=False), alias, detach, clone, contiguous,
-    lift_fresh_copy, reshape/expand/slice to the same shape, transpose of a transpose, layer markers       →  x
+    lift_fresh_copy, reshape/expand/slice to the same shape, transpose of a transpose                      →  x
     reshape(reshape(x)), to(to(x, wider), x.dtype)                                                         →  one, or x
     cat([x, y]) with y of size 0                                                                           →  x
 
@@ -22,7 +22,6 @@ from graphserve.passes.match import (
     aten,
     dtype,
     is_cast,
-    is_gs,
     is_op,
     is_tensor,
     rank,
@@ -70,7 +69,7 @@ def unchanged_input(node: fx.Node) -> fx.Node | None:
         return None
     if is_op(node, aten.clone.default) and node.kwargs.get("memory_format") is torch.contiguous_format:
         return x if value(x).is_contiguous() else None  # a layout that a kernel asks for
-    if is_op(node, *_COPIES) or is_gs(node, "layer_begin", "layer_end"):
+    if is_op(node, *_COPIES):
         return x
     if is_op(node, aten.dropout.default, aten.feature_dropout.default) and node.args[2] is False:
         return x

@@ -50,16 +50,24 @@ class Launch(msgspec.Struct, frozen=True):
     kernel: str | None = None  # key of the generated kernel, for kind "cpp" and "triton"
 
 
-class WeightSpec(msgspec.Struct, frozen=True):
-    """One weight of the plan and how to make it from the model's parameters (names as `transformers` has them).
+class WeightPart(msgspec.Struct, frozen=True):
+    """A parameter of the model (named as `transformers` names it), or its transpose, as a part of a weight."""
 
-    ``op``: ``param`` (``args = (name,)``), ``concat`` (along ``dim``), ``transpose`` (of a matrix), ``buffer`` (a
-    constant or non-persistent buffer, stored beside the plan), ``init`` (written by ``Plan.init``).
+    parameter: str
+    size: int  # along the weight's ``dim``
+    is_transposed: bool = False
+
+
+class WeightSpec(msgspec.Struct, frozen=True):
+    """One weight of the plan and how it is made.
+
+    ``source``: ``parameters`` (its ``parts``, joined along ``dim``), ``constant`` (a constant or non-persistent buffer,
+    stored beside the plan under the weight's own name) or ``init`` (written by ``Plan.init``).
     """
 
     spec: TensorSpec
-    op: Literal["param", "concat", "transpose", "buffer", "init"]
-    args: tuple[str, ...]
+    source: Literal["parameters", "constant", "init"]
+    parts: tuple[WeightPart, ...] = ()
     dim: int = 0
 
 

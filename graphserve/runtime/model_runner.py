@@ -1,0 +1,141 @@
+"""The model on a device: weights, KV cache and the plan's runner behind one ``forward``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+
+from graphserve.errors import ConfigError
+from graphserve.kernels import register_all
+from graphserve.plan.runner import Binder, PlanRunner, StepSize
+from graphserve.plan.schema import Plan
+from graphserve.runtime.kv_cache import KVCache
+from graphserve.runtime.step_input import StepInput
+from graphserve.runtime.weights import materialize_weights
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "reference", "cpp"]
+
+
+class ModelRunner:
+    """Computes logits of a step.
+
+    Args:
+        plan: the compiled model.
+        parameters: (name, tensor) of the model's parameters, as a dict or a stream that is read once.
+        constants: the plan's constants (``BuildResult.constants``).
+        backend: ``reference`` runs every launch as plain torch; ``cpp`` uses generated C++ where there is a kernel;
+            ``auto`` is ``cpp`` if there is a C++ compiler, else ``reference``.
+        max_num_seqs: most sequences in a step; inputs grow if a step has more.
+
+    ``close`` gives all memory back; the runner is then unusable.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        parameters: Iterable[tuple[str, torch.Tensor]] | dict[str, torch.Tensor],
+        constants: dict[str, torch.Tensor] | None = None,
+        device: torch.device | str = "cpu",
+        backend: Backend = "auto",
+    ) -> None:
+        register_all()
+        self.plan = plan
+        self.device = torch.device(device)
+        stream = parameters.items() if isinstance(parameters, dict) else parameters
+        weights = materialize_weights(plan, stream, constants or {}, self.device)
+        self.weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
+        self.kv_cache: KVCache | None = None
+        self._block_table_len = 0
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._runner = PlanRunner(plan, weights, self._inputs, _view_input, self.device, _binders(plan, backend, weights))
+
+    def allocate_kv_cache(self, num_blocks: int, block_size: int) -> None:
+        """Make the KV pool. May be called again: the old pool and its contents are dropped."""
+        self.kv_cache = None
+        for name in [n for n in self._inputs if n.startswith("kv_")]:
+            del self._inputs[name]
+        self._runner.invalidate()
+        self.kv_cache = KVCache(self.plan, num_blocks, block_size, self.device)
+        for layer, (keys, values) in enumerate(self.kv_cache.layers):
+            self._inputs[f"kv_k.{layer}"] = keys
+            self._inputs[f"kv_v.{layer}"] = values
+        longest = -(-self.plan.model["max_model_len"] // block_size)
+        self._block_table_len = max(1, min(longest, num_blocks))
+
+    def reserve(self, max_tokens: int, max_rows: int, max_seqs: int) -> None:
+        """Make room for the largest step, so that nothing moves later."""
+        self._grow_inputs(StepSize((max_tokens, max_rows, max_seqs)))
+        self._runner.reserve(max_tokens, max_rows)
+
+    def forward(self, step: StepInput) -> torch.Tensor:
+        """Logits [R, vocab] of a step, in the model's dtype; a view that the next call overwrites.
+
+        Raises:
+            ConfigError: no KV cache was allocated.
+        """
+        if self.kv_cache is None:
+            raise ConfigError("forward before allocate_kv_cache: the model has nowhere to keep keys and values")
+        size = StepSize((len(step.input_ids), len(step.logits_indices), len(step.seq_lens)))
+        self._grow_inputs(size)
+        self._write_inputs(step)
+        return self._runner.run(size)
+
+    def close(self) -> None:
+        """Free weights, KV cache and buffers."""
+        self.kv_cache = None
+        self._runner.release()
+
+    def _grow_inputs(self, size: StepSize) -> None:
+        tokens, rows, seqs = size
+        groups = range(len(self.plan.cache_groups))
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "input_ids": ((1, tokens), torch.int64),
+            "positions": ((1, tokens), torch.int64),
+            "logits_indices": ((rows,), torch.int64),
+            "query_start_loc": ((seqs + 1,), torch.int32),
+            "seq_lens": ((seqs,), torch.int32),
+            **{f"slot_mapping.{g}": ((tokens,), torch.int64) for g in groups},
+            **{f"block_table.{g}": ((seqs, self._block_table_len), torch.int32) for g in groups},
+        }
+        for name, (shape, dtype) in wanted.items():
+            old = self._inputs.get(name)
+            if old is None or any(a < b for a, b in zip(old.shape, shape, strict=True)):
+                grown = shape if old is None else tuple(max(a, b) for a, b in zip(old.shape, shape, strict=True))
+                self._inputs[name] = torch.zeros(grown, dtype=dtype, device=self.device)
+                self._runner.invalidate()
+
+    def _write_inputs(self, step: StepInput) -> None:
+        inputs = self._inputs
+        tokens, seqs = len(step.input_ids), len(step.seq_lens)
+        inputs["input_ids"][0, :tokens].copy_(torch.from_numpy(step.input_ids))
+        inputs["positions"][0, :tokens].copy_(torch.from_numpy(step.positions))
+        inputs["logits_indices"][: len(step.logits_indices)].copy_(torch.from_numpy(step.logits_indices))
+        inputs["query_start_loc"][: seqs + 1].copy_(torch.from_numpy(step.query_start_loc))
+        inputs["seq_lens"][:seqs].copy_(torch.from_numpy(step.seq_lens))
+        for g, (table, slots) in enumerate(zip(step.block_tables, step.slot_mappings, strict=True)):
+            inputs[f"slot_mapping.{g}"][:tokens].copy_(torch.from_numpy(slots))
+            inputs[f"block_table.{g}"][:seqs, : table.shape[1]].copy_(torch.from_numpy(table))
+
+
+def _view_input(name: str, tensor: torch.Tensor, size: StepSize) -> torch.Tensor:
+    """The part of an input that belongs to a step of this size."""
+    if name in ("input_ids", "positions"):
+        return tensor[:, : size.num_tokens]
+    if name == "logits_indices":
+        return tensor[: size.num_rows]
+    if name == "query_start_loc":
+        return tensor[: size.num_seqs + 1]
+    if name == "seq_lens" or name.startswith("block_table."):
+        return tensor[: size.num_seqs]
+    if name.startswith("slot_mapping."):
+        return tensor[: size.num_tokens]
+    return tensor
+
+
+def _binders(plan: Plan, backend: Backend, weights: dict[str, torch.Tensor]) -> dict[str, Binder]:
+    return {}

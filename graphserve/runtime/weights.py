@@ -1,0 +1,87 @@
+"""Model parameters → the plan's weights, streaming: each parameter is copied to where it belongs and forgotten."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+
+from graphserve.errors import CheckpointError
+from graphserve.plan.runner import run_once, torch_dtype
+from graphserve.plan.schema import Plan, WeightPart, WeightSpec
+
+
+def materialize_weights(
+    plan: Plan,
+    parameters: Iterable[tuple[str, torch.Tensor]],
+    constants: dict[str, torch.Tensor],
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """Build all weights of ``plan``, position tables included.
+
+    Args:
+        parameters: (name as `transformers` has it, tensor) in any order; consumed once. Merged weights are allocated
+            once and filled in place, so no parameter is held twice.
+        constants: values of the plan's ``constant`` weights.
+
+    Raises:
+        CheckpointError: a parameter that the plan needs never came, or has another shape than the plan says.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    places: dict[str, list[tuple[str, WeightPart, int]]] = defaultdict(list)  # parameter → (weight, part, start)
+    for name, weight in plan.weights.items():
+        if weight.source == "constant":
+            weights[name] = constants[name].to(device, torch_dtype(weight.spec.dtype)).contiguous()
+        start = 0
+        for part in weight.parts:
+            places[part.parameter].append((name, part, start))
+            start += part.size
+    missing = set(places)
+    for name, tensor in parameters:
+        missing.discard(name)
+        for weight_name, part, start in places.get(name, ()):
+            _place(weights, weight_name, plan.weights[weight_name], part, start, tensor, device)
+    if missing:
+        raise CheckpointError(f"parameters that never came: {', '.join(sorted(missing)[:10])} ({len(missing)} in all)")
+    _run_init(plan, weights, device)
+    return weights
+
+
+def _place(
+    weights: dict[str, torch.Tensor],
+    name: str,
+    weight: WeightSpec,
+    part: WeightPart,
+    start: int,
+    parameter: torch.Tensor,
+    device: torch.device,
+) -> None:
+    value = parameter.t() if part.is_transposed else parameter
+    shape = [int(d) for d in weight.spec.shape]
+    expected = list(shape)
+    if expected:
+        expected[weight.dim] = part.size
+    if list(value.shape) != expected:
+        raise CheckpointError(f"parameter {part.parameter} has shape {list(parameter.shape)}; as part of {name} "
+                              f"{expected} is needed")  # fmt: skip
+    dtype = torch_dtype(weight.spec.dtype)
+    if len(weight.parts) == 1:
+        weights[name] = value.to(device, dtype).contiguous()
+        return
+    if name not in weights:
+        weights[name] = torch.empty(shape, dtype=dtype, device=device)
+    weights[name].narrow(weight.dim, start, part.size).copy_(value)
+
+
+def _run_init(plan: Plan, weights: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Compute position tables: the plan's init launches, with all positions a request can have."""
+    if not plan.init:
+        return
+    length = plan.model["max_model_len"]
+    tensors = dict(weights)
+    tensors["positions"] = torch.arange(length, dtype=torch.int64, device=device)[None]
+    run_once(plan.init, tensors, length, device)
+    for name, weight in plan.weights.items():
+        if weight.source == "init":
+            weights[name] = tensors[name].reshape([int(d) for d in weight.spec.shape]).contiguous()
