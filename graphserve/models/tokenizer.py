@@ -32,7 +32,8 @@ class Tokenizer:
     """Encodes, decodes and renders chats for one model.
 
     ``backend`` is the ``tokenizers.Tokenizer`` (for ``tokenizers.decoders.DecodeStream``); its truncation and padding
-    are off. ``all_special_ids`` are those that ``skip_special_tokens`` leaves out. ``special_tokens`` maps ``bos_token``, ``eos_token``, ... to texts; only tokens that exist have an entry.
+    are off. ``all_special_ids`` are those that ``skip_special_tokens`` leaves out. ``special_tokens`` maps
+    ``bos_token``, ``eos_token``, ... to texts; only tokens that exist have an entry.
     Safe to use from several threads: nothing changes after construction.
     """
 
@@ -189,24 +190,52 @@ def _load_native(folder: Path, replaced_templates: Mapping[str, str]) -> Tokeniz
 
 
 def _load_converted(folder: Path, present: list[str], replaced_templates: Mapping[str, str]) -> Tokenizer:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlamaTokenizer
 
     logger.info("%s has no tokenizer.json: converting %s", folder, present[0])
+    loaded = _convert(AutoTokenizer, folder, present)
+    if (folder / "tokenizer.model").is_file() and not _agrees_with_sentencepiece(loaded, folder):
+        # For some model types AutoTokenizer ignores the class that the checkpoint names and drops the leading space.
+        loaded = _convert(LlamaTokenizer, folder, present)
+        if not _agrees_with_sentencepiece(loaded, folder):
+            raise ConfigError(
+                f"{folder}: transformers' conversion of tokenizer.model gives other ids than sentencepiece: give a "
+                "checkpoint with tokenizer.json"
+            )
+    backend = loaded.backend_tokenizer
+    special = {key: str(value) for key, value in loaded.special_tokens_map.items() if isinstance(value, str)}
+    templates = {**read_chat_templates(folder, _read_json(folder / "tokenizer_config.json")), **replaced_templates}
+    return Tokenizer(backend, special, templates)
+
+
+def _convert(loader: Any, folder: Path, present: list[str]) -> PreTrainedTokenizerBase:
     try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        loaded: PreTrainedTokenizerBase = loader.from_pretrained(str(folder), trust_remote_code=False)
     except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
+        needs = "; sentencepiece models need: pip install sentencepiece protobuf"
         raise ConfigError(
             f"{folder} has no tokenizer.json, and transformers cannot convert {', '.join(present)}: {error}"
+            + (needs if "tokenizer.model" in present else "")
         ) from error
-    backend = getattr(loaded, "backend_tokenizer", None)
-    if not isinstance(backend, tokenizers.Tokenizer):
+    if not isinstance(getattr(loaded, "backend_tokenizer", None), tokenizers.Tokenizer):
         raise ConfigError(
             f"{folder}: {type(loaded).__name__} has no form that the tokenizers library can run: give a checkpoint "
             "with tokenizer.json"
         )
-    special = {key: str(value) for key, value in loaded.special_tokens_map.items() if isinstance(value, str)}
-    templates = {**read_chat_templates(folder, _read_json(folder / "tokenizer_config.json")), **replaced_templates}
-    return Tokenizer(backend, special, templates)
+    return loaded
+
+
+def _agrees_with_sentencepiece(loaded: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Whether a conversion encodes plain words as the sentencepiece model itself does (True when it is not one)."""
+    try:
+        import sentencepiece
+
+        model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    except (ImportError, RuntimeError, OSError):
+        return True
+    return all(
+        loaded.encode(probe, add_special_tokens=False) == model.encode(probe) for probe in ("Hello", "the end", "é1")
+    )
 
 
 def _content(token: Any) -> str | None:
