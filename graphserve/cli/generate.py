@@ -1,0 +1,64 @@
+"""``graphserve generate``: complete prompts with a model in this process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from graphserve.cli.engine_options import add_local_options, add_model_argument, engine_config, sampling_params
+from graphserve.errors import RequestError
+
+
+def add_command(commands: Any) -> argparse.ArgumentParser:
+    """Declare the command and its flags."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "generate",
+        help="complete a prompt",
+        description="Complete prompts; stdout carries only the generated text. Without --temperature and without a "
+        "temperature in the model's generation config, the most likely token is taken.",
+    )
+    add_model_argument(parser)
+    parser.add_argument(
+        "-p", "--prompt", action="append", metavar="TEXT", help="text to complete; may be repeated (default: stdin)"
+    )
+    parser.add_argument("--chat", action="store_true", help="send the prompt as a user message, by the chat template")
+    add_local_options(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the completion of each prompt, several separated by an empty line."""
+    prompts = _prompts(options)
+    config = engine_config(options)
+    from graphserve.cli.local_engine import LocalEngine
+
+    with LocalEngine(config) as engine:
+        params = sampling_params(options, engine.default_sampling_params)
+        if options.chat:
+            prompts = [engine.render_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
+        begin = time.monotonic()
+        num_tokens = 0
+        if len(prompts) == 1 and params.n == 1:
+            for text, new_tokens in engine.stream(prompts[0], params, is_rendered=options.chat):
+                num_tokens += new_tokens
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+        else:
+            answers = engine.complete(prompts, params, is_rendered=options.chat)
+            num_tokens = sum(count for _, count in answers)
+            sys.stdout.write("\n\n".join(text for text, _ in answers) + "\n")
+        seconds = time.monotonic() - begin
+    sys.stderr.write(f"generated {num_tokens} tokens in {seconds:.2f} s ({num_tokens / max(seconds, 1e-9):.1f} tok/s)\n")
+    return 0
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    if options.prompt:
+        return list(options.prompt)
+    if sys.stdin.isatty():
+        raise RequestError("no prompt was given: pass --prompt TEXT, or pipe the text into stdin")
+    return [sys.stdin.read()]

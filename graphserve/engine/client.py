@@ -1,0 +1,356 @@
+"""The API process's side of the engine process: start, watch, restart, and one output stream a request.
+
+Invariant: every request that was submitted either ends with a finish reason, ends with an error, or was aborted;
+none waits for ever. When the engine process goes away, for whatever reason, all running streams get
+:class:`EngineDeadError` at once and the process is started again with growing pauses, a bounded number of times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from graphserve import errors, progress
+from graphserve.engine.messages import (
+    HEADER,
+    AbortRequests,
+    AddRequest,
+    EngineFailed,
+    EngineInfo,
+    EngineReady,
+    EngineStats,
+    FromEngine,
+    OutputDelta,
+    Progressed,
+    RequestEnded,
+    Shutdown,
+    StartEngine,
+    StepOutputs,
+    encode_frame,
+    frame_length,
+)
+from graphserve.errors import EngineDeadError, GraphserveError, RequestError
+
+logger = logging.getLogger(__name__)
+
+ENGINE_COMMAND = (sys.executable, "-m", "graphserve.engine.process")
+RESTART_PAUSES_S = (0.5, 2.0, 8.0)  # one restart each; then the engine counts as broken
+STABLE_AFTER_S = 60.0  # an engine that ran this long has earned a fresh set of restarts
+STOP_TIMEOUT_S = 10.0
+
+State = Literal["starting", "ready", "restarting", "failed", "stopped"]
+
+
+class RequestFailedError(GraphserveError):
+    """One request failed inside the engine through no fault of its own; the engine and other requests go on."""
+
+
+class RequestStream:
+    """The outputs of one or several requests, those of a choice in order.
+
+    Deltas that wait for a slow reader are merged, so no reader can make them pile up.
+    """
+
+    def __init__(self, requests: Sequence[AddRequest]) -> None:
+        self.request_ids = [request.request_id for request in requests]
+        self._num_running = {request.request_id: request.params.n for request in requests}
+        self._pending: dict[tuple[str, int], OutputDelta] = {}
+        self._error: GraphserveError | None = None
+        self._changed = asyncio.Event()
+
+    def push(self, delta: OutputDelta) -> bool:
+        """Take one delta; True when its request has ended with it."""
+        if delta.finish_reason is not None:
+            self._num_running[delta.request_id] -= 1
+        key = (delta.request_id, delta.index)
+        if (waiting := self._pending.get(key)) is not None:
+            waiting.merge(delta)
+        else:
+            self._pending[key] = delta
+        self._changed.set()
+        return self._num_running[delta.request_id] == 0
+
+    def fail(self, error: GraphserveError) -> None:
+        """End the stream with ``error`` after the deltas that wait; the first error stays."""
+        self._error = self._error or error
+        self._changed.set()
+
+    async def __aiter__(self) -> AsyncIterator[list[OutputDelta]]:
+        """Yield the deltas that arrived since the last turn, at most one a choice.
+
+        Raises:
+            RequestError: a request is invalid.
+            RequestFailedError: one failed inside the engine.
+            EngineDeadError: the engine process is gone.
+        """
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            deltas, self._pending = list(self._pending.values()), {}
+            if deltas:
+                yield deltas
+            if self._error is not None:
+                raise self._error
+            if not any(self._num_running.values()):
+                return
+
+
+class EngineClient:
+    """Owns the engine process. All methods belong to one event loop.
+
+    Args:
+        config: fields of ``EngineConfig`` as plain data.
+        command: how to start the process; the number of its socket is appended.
+        restart_pauses_s: pause before each restart; their number bounds the restarts.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        command: Sequence[str] = ENGINE_COMMAND,
+        restart_pauses_s: Sequence[float] = RESTART_PAUSES_S,
+    ) -> None:
+        self._config, self._command, self._restart_pauses_s = config, tuple(command), tuple(restart_pauses_s)
+        self.state: State = "starting"
+        self.stats = EngineStats()
+        self.stats_before_restart = EngineStats()  # counters of the processes that came before this one
+        self.num_restarts = 0
+        self._info: EngineInfo | None = None
+        self._streams: dict[str, RequestStream] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reader: asyncio.StreamReader | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the loaded model; raises :class:`EngineDeadError` before the first start has finished."""
+        if self._info is None:
+            raise EngineDeadError("the engine has not started yet")
+        return self._info
+
+    @property
+    def has_info(self) -> bool:
+        return self._info is not None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state == "ready"
+
+    @property
+    def process_id(self) -> int | None:
+        """Operating-system id of the running engine process."""
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def num_requests(self) -> int:
+        """Requests submitted and not yet ended."""
+        return len(self._streams)
+
+    async def start(self) -> EngineInfo:
+        """Start the process and wait until it takes requests.
+
+        Raises:
+            GraphserveError: the error that kept it from starting, of its original class.
+        """
+        info = await self._launch()
+        self._watcher = asyncio.create_task(self._watch(), name="engine watcher")
+        return info
+
+    async def wait_until_gone(self) -> None:
+        """Return when the engine will not come back: shut down, or failed after its last restart."""
+        if self._watcher is not None:
+            await asyncio.wait([self._watcher])
+
+    def submit(self, requests: Sequence[AddRequest]) -> RequestStream:
+        """Begin requests; iterate the stream for their outputs, and call :meth:`abort` with it in the end.
+
+        Raises:
+            EngineDeadError: the engine is not ready.
+        """
+        if not self.is_ready:
+            raise EngineDeadError(f"the engine is {self.state}")
+        stream = RequestStream(requests)
+        for request in requests:
+            assert request.request_id not in self._streams, f"request id {request.request_id} is in use"
+            self._streams[request.request_id] = stream
+            self._send(request)
+        return stream
+
+    def abort(self, stream: RequestStream) -> None:
+        """End what still runs of a stream."""
+        running = [request_id for request_id in stream.request_ids if self._streams.pop(request_id, None) is not None]
+        if running and self.is_ready:
+            self._send(AbortRequests(running))
+
+    async def shutdown(self, is_forced: bool = False) -> None:
+        """Stop the process: politely, or by a kill when ``is_forced`` or it does not go within 10 s."""
+        self.state = "stopped"
+        process = self._process
+        if process is not None and process.poll() is None:
+            if not is_forced:
+                self._send(Shutdown())
+            if is_forced or not await _wait(process, STOP_TIMEOUT_S):
+                process.kill()
+                await _wait(process, STOP_TIMEOUT_S)
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.wait([self._watcher])
+        self._close_socket()
+        self._fail_streams("the server is shutting down")
+
+    async def _launch(self) -> EngineInfo:
+        """Start one process and play the handshake: configuration → phases → ready."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [*self._command, str(theirs.fileno())]
+            # stdout is for answers of this program only; whatever the engine prints goes to stderr.
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2, env=_environment()
+            )
+        self._reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._send(StartEngine(self._config))
+        while True:
+            match await self._receive():
+                case Progressed(event=event):
+                    progress.emit(event)
+                case EngineReady(info=info, stats=stats):
+                    self._info, self.stats, self.state = info, stats, "ready"
+                    return info
+                case EngineFailed() as failed:
+                    await self._reap()
+                    logger.debug("engine process: %s", failed.traceback)
+                    raise _original_error(failed)
+                case None:
+                    status = await self._reap()
+                    raise EngineDeadError(f"the engine process ended while it loaded (exit status {status})")
+
+    async def _watch(self) -> None:
+        """Serve the running process; when it is gone, restart it."""
+        pauses = list(self._restart_pauses_s)
+        while True:
+            began = time.monotonic()
+            cause = await self._read_outputs()
+            if self.state == "stopped":
+                return
+            self.state = "restarting"
+            status = await self._reap()
+            cause = cause or f"exit status {status}"
+            logger.error("the engine process ended (%s); %d requests failed", cause, len(self._streams))
+            self._fail_streams(f"the engine process ended ({cause})")
+            if time.monotonic() - began > STABLE_AFTER_S:
+                pauses = list(self._restart_pauses_s)
+            if not await self._restart(pauses):
+                self.state = "failed"
+                return
+
+    async def _restart(self, pauses: list[float]) -> bool:
+        """Try until one start succeeds or ``pauses`` (shortened in place) is used up."""
+        while pauses:
+            pause_s = pauses.pop(0)
+            logger.warning("restarting the engine in %g s (%d tries left after this)", pause_s, len(pauses))
+            await asyncio.sleep(pause_s)
+            self.num_restarts += 1
+            try:
+                await self._launch()
+            except GraphserveError as error:
+                logger.error("the engine did not restart: %s", error)
+            else:
+                logger.info("the engine is ready again")
+                return True
+        return False
+
+    async def _read_outputs(self) -> str | None:
+        """Hand messages to their streams until the process goes; returns its own word on the cause, if any."""
+        while True:
+            match await self._receive():
+                case StepOutputs(deltas=deltas, stats=stats):
+                    self.stats = stats
+                    for delta in deltas:
+                        if (stream := self._streams.get(delta.request_id)) is not None and stream.push(delta):
+                            del self._streams[delta.request_id]
+                case RequestEnded() as ended:
+                    if (stream := self._streams.pop(ended.request_id, None)) is not None:
+                        if ended.is_client_error:
+                            stream.fail(RequestError(ended.message, ended.param))
+                        else:
+                            stream.fail(RequestFailedError(ended.message))
+                case Progressed(event=event):
+                    progress.emit(event)
+                case EngineFailed() as failed:
+                    logger.error("engine process: %s", failed.traceback)
+                    return f"{failed.kind}: {failed.message}"
+                case None:
+                    return None
+
+    async def _receive(self) -> FromEngine | None:
+        assert self._reader is not None
+        try:
+            header = await self._reader.readexactly(HEADER.size)
+            return self._decoder.decode(await self._reader.readexactly(frame_length(header)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    def _send(self, message: object) -> None:
+        # Requests are small next to the socket's buffer, and asyncio keeps what does not fit: nothing to await.
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(encode_frame(message))
+
+    def _fail_streams(self, reason: str) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(EngineDeadError(reason))
+        self.stats_before_restart = self.stats_before_restart.plus_counters(self.stats)
+        self.stats = EngineStats()
+
+    async def _reap(self) -> int | None:
+        """Make sure the process is gone; returns its exit status."""
+        self._close_socket()
+        process = self._process
+        if process is None:
+            return None
+        if not await _wait(process, STOP_TIMEOUT_S):
+            process.kill()
+            await _wait(process, STOP_TIMEOUT_S)
+        return process.returncode
+
+    def _close_socket(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, in which the engine process imports the same graphserve from any folder."""
+    root = str(Path(__file__).resolve().parents[2])
+    inherited = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{inherited}" if inherited else root}
+
+
+async def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
+    """Whether the process ended within ``timeout_s``."""
+    try:
+        await asyncio.to_thread(process.wait, timeout_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _original_error(failed: EngineFailed) -> GraphserveError:
+    kind = getattr(errors, failed.kind, None)
+    if isinstance(kind, type) and issubclass(kind, GraphserveError):
+        error = kind(failed.message)
+    else:
+        error = EngineDeadError(f"the engine could not start: {failed.kind}: {failed.message}")
+    error.add_note(failed.traceback)
+    return error

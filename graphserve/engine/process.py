@@ -1,0 +1,146 @@
+"""The engine process: an :class:`LLMEngine` behind one socket.
+
+Started by ``engine/client.py`` with the number of an inherited socket. The main thread steps the engine; a reader thread
+takes messages off the socket, so the end of the parent is noticed at once, in the middle of a load, a compilation or a
+step: the process then exits, and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from graphserve import progress
+from graphserve.engine.messages import (
+    AbortRequests,
+    AddRequest,
+    EngineFailed,
+    EngineInfo,
+    EngineReady,
+    EngineStats,
+    MessageSocket,
+    OutputDelta,
+    Progressed,
+    RequestEnded,
+    Shutdown,
+    StartEngine,
+    StepOutputs,
+    ToEngine,
+)
+from graphserve.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+
+class ServedEngine(Protocol):
+    """What the loop needs of an engine; ``engine/served_engine.py`` gives it for :class:`LLMEngine`."""
+
+    info: EngineInfo
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request; :class:`RequestError` when it is invalid."""
+
+    def abort(self, request_ids: list[str]) -> None: ...
+
+    def step(self) -> tuple[list[OutputDelta], list[RequestEnded]]:
+        """Run one step; what it added, and requests that failed on their own."""
+
+    def has_unfinished_requests(self) -> bool: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None: ...
+
+
+class EngineLoop:
+    """Messages in, steps, messages out, until a :class:`Shutdown`."""
+
+    def __init__(self, connection: MessageSocket[ToEngine]) -> None:
+        self._connection = connection
+        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="engine reader", daemon=True).start()
+
+    def run(self, make_engine: Callable[[dict[str, Any]], ServedEngine]) -> None:
+        """Take the configuration, make the engine and serve it."""
+        first = self._inbox.get()
+        assert isinstance(first, StartEngine), f"the first message was {type(first).__name__}"
+        progress.set_sink(lambda event: self._connection.send(Progressed(event)))
+        engine = make_engine(first.config)
+        self._connection.send(EngineReady(engine.info, engine.stats()))
+        try:
+            while self._take_messages(engine):
+                if engine.has_unfinished_requests():
+                    deltas, ended = engine.step()
+                    for failure in ended:
+                        self._connection.send(failure)
+                    if deltas or ended:
+                        self._connection.send(StepOutputs(deltas, engine.stats()))
+        finally:
+            engine.close()
+
+    def _take_messages(self, engine: ServedEngine) -> bool:
+        """Handle what has arrived; waits for a message when there is nothing to step. False: shut down."""
+        is_idle = not engine.has_unfinished_requests()
+        while is_idle or not self._inbox.empty():
+            match self._inbox.get():
+                case AddRequest() as request:
+                    try:
+                        engine.add(request)
+                        is_idle = False
+                    except RequestError as error:
+                        self._connection.send(RequestEnded(request.request_id, str(error), error.param, True))
+                case AbortRequests(request_ids=request_ids):
+                    engine.abort(request_ids)
+                    is_idle = not engine.has_unfinished_requests()
+                    self._connection.send(StepOutputs([], engine.stats()))
+                case Shutdown():
+                    return False
+        return True
+
+    def _read(self) -> None:
+        try:
+            while (message := self._connection.receive()) is not None:
+                self._inbox.put(message)
+        finally:
+            os._exit(1)  # the parent is gone: nobody is left to answer to
+
+
+def run_engine_process(fd: int, make_engine: Callable[[dict[str, Any]], ServedEngine]) -> int:
+    """Serve the engine on inherited socket ``fd``; returns the exit status.
+
+    The parent alone decides when to stop: a terminal's Ctrl-C and a service manager's SIGTERM reach this process too, but
+    the parent drains first.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=os.environ.get("GRAPHSERVE_LOG_LEVEL", "INFO").upper(), format="%(name)s: %(message)s")
+    sock = socket.socket(fileno=fd)
+    sock.set_inheritable(False)  # a compiler started from here must not keep the connection open
+    connection: MessageSocket[ToEngine] = MessageSocket(sock, msgspec.msgpack.Decoder(ToEngine))
+    try:
+        EngineLoop(connection).run(make_engine)
+    except Exception as error:
+        connection.send(EngineFailed(type(error).__name__, str(error), traceback.format_exc()))
+        return 1
+    return 0
+
+
+def main() -> int:
+    """Entry of ``python -m graphserve.engine.process FD``."""
+    from graphserve.engine.served_engine import load_engine
+
+    return run_engine_process(int(sys.argv[1]), load_engine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
