@@ -5,6 +5,7 @@ Nothing here carries a fact from a pass's check to its replacement; a pass reads
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from graphserve.passes.base import Match
-from graphserve.passes.match import find_placeholder
 from graphserve.plan.schema import CacheSpec
 
 # How a weight that a pass made comes from others: ("concat", names, dim) or ("transpose", [name], 0).
@@ -47,12 +47,25 @@ class PassContext:
         self.cache_groups: dict[tuple[int | None, int | None], list[int]] = {}
         self.fake_mode = _fake_mode(gm.graph)
         self._sizes: dict[str, torch.SymInt] = {}
+        self._placeholders = {
+            (key, node.meta[key]): node
+            for node in gm.graph.nodes
+            for key in ("gs_input", "gs_weight")
+            if node.op == "placeholder" and key in node.meta
+        }
+        self._unify_fake_modes()
         self._match: Match | None = None
         self._emitted: list[fx.Node] = []
 
     @property
     def graph(self) -> fx.Graph:
         return self.gm.graph
+
+    def _unify_fake_modes(self) -> None:
+        """Recomputes values that the trace made under a fake mode of their own (an ``arange`` over a symbolic size)."""
+        for node in self.graph.nodes:
+            if node.op == "call_function" and not _in_mode(node.meta.get("val"), self.fake_mode):
+                node.meta["val"] = self.fake_result(node)
 
     @contextmanager
     def replacing(self, match: Match) -> Iterator[list[fx.Node]]:
@@ -85,12 +98,13 @@ class PassContext:
 
     def placeholder(self, name: str, key: str, val: torch.Tensor) -> fx.Node:
         """The placeholder with ``meta[key] == name``, added after the others when it is new."""
-        if (found := find_placeholder(self.graph, key, name)) is not None:
-            return found
+        if (key, name) in self._placeholders:
+            return self._placeholders[key, name]
         last = next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(last):
-            node = self.graph.placeholder(name.replace(".", "_"))
+            node = self.graph.placeholder(re.sub(r"\W", "_", name))
         node.meta.update({key: name, "val": val})
+        self._placeholders[key, name] = node
         return node
 
     def new_weight(self, name: str, like: torch.Tensor, recipe: WeightRecipe) -> fx.Node:
@@ -106,10 +120,7 @@ class PassContext:
     def step_input(self, name: str) -> fx.Node:
         """``query_start_loc`` [S+1] int32, ``seq_lens`` [S] int32 or ``positions`` [1, T] int64."""
         if name == "positions":
-            found = find_placeholder(self.graph, "gs_input", name)
-            if found is None:
-                raise LookupError("the graph has no placeholder for positions")
-            return found
+            return self._positions()
         size = self._size("S") + 1 if name == "query_start_loc" else self._size("S")
         return self.placeholder(name, "gs_input", self.empty((size,), torch.int32))
 
@@ -139,6 +150,13 @@ class PassContext:
         self.cache_groups.setdefault((spec.window, spec.chunk), []).append(index)
         return index
 
+    def _positions(self) -> fx.Node:
+        if ("gs_input", "positions") in self._placeholders:
+            return self._placeholders["gs_input", "positions"]
+        # The model itself reads no positions (no rotation, no position embedding).
+        tokens = self._placeholders["gs_input", "input_ids"].meta["val"].shape[1]
+        return self.placeholder("positions", "gs_input", self.empty((1, tokens), torch.int64))
+
     def _device(self) -> torch.device:
         return next(n.meta["val"].device for n in self.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))
 
@@ -159,6 +177,12 @@ def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
         if isinstance(val := node.meta.get("val"), FakeTensor):
             return val.fake_mode
     raise ValueError("the graph holds no fake tensors: capture it with meta['val'] on every node")
+
+
+def _in_mode(val: Any, mode: FakeTensorMode) -> bool:
+    if isinstance(val, (list, tuple)):
+        return all(_in_mode(item, mode) for item in val)
+    return not isinstance(val, FakeTensor) or val.fake_mode is mode
 
 
 def _inherit_meta(node: fx.Node, match: Match) -> None:

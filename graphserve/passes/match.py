@@ -32,6 +32,11 @@ def is_gs(node: Any, *names: str) -> bool:
     return node.target.namespace == "gs" and node.target._schema.name.removeprefix("gs::") in names
 
 
+def is_write(node: fx.Node) -> bool:
+    """Whether a call changes one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and bool(node.target._schema.is_mutable)
+
+
 def arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     """Argument ``index`` of a call, given by position or by ``name``."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
@@ -118,16 +123,6 @@ def is_weight(node: Any) -> bool:
 def weight_name(node: fx.Node) -> str:
     name: str = node.meta["gs_weight"]
     return name
-
-
-def find_placeholder(graph: fx.Graph, key: str, name: str) -> fx.Node | None:
-    """The placeholder whose ``meta[key]`` is ``name``."""
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            return None
-        if node.meta.get(key) == name:
-            return node
-    return None
 
 
 def is_mul(node: Any) -> bool:
