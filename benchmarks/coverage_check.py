@@ -227,20 +227,21 @@ def _check_against(row: CoverageRow, model: nn.Module) -> None:
     register_interfaces()
     meta = build_meta_model(config, torch.float32)
     bake_rope(meta, MAX_MODEL_LEN)
-    plan = build_plan(meta, MAX_MODEL_LEN, non_persistent_buffers(meta)).plan
+    built = build_plan(meta, MAX_MODEL_LEN, non_persistent_buffers(meta))
+    plan = built.plan
     row.traced = True
     describe_plan(row, plan, config)
     parameters = checkpoint_tensors(model)
     prompts = [text_tokens(length, seed=i) for i, length in enumerate(PROMPT_LENS)]
 
-    first = PackedRun(ModelRunner(plan, parameters, backend=row.backend), prompts)
+    first = PackedRun(ModelRunner(plan, parameters, built.constants, backend=row.backend), prompts)
     ours = first.run()
     truth = [hf_logits(model, tokens) for tokens in first.tokens]
     row.max_relative_error = max(relative_error(a, b) for a, b in zip(ours, truth, strict=True))
     row.worst_position_error = max(worst_position_error(a, b) for a, b in zip(ours, truth, strict=True))
 
     changed = [prompts[0], text_tokens(PROMPT_LENS[1], seed=1000), prompts[2]]
-    second = PackedRun(ModelRunner(plan, parameters, backend=row.backend), changed, forced=first.decoded())
+    second = PackedRun(ModelRunner(plan, parameters, built.constants, backend=row.backend), changed, forced=first.decoded())
     others = second.run()
     row.isolation_error = max(relative_error(others[i], ours[i]) for i in (0, 2))
     row.result, row.reason = judge(row.max_relative_error, row.isolation_error)
