@@ -11,7 +11,9 @@
 A catch-all ``except Exception`` is allowed only at the isolation boundaries listed here, each of which reports
 what it caught and keeps one failure from spreading:
 
-    engine/engine_core.py     one request's input or output processing: that request ends with an error
+    engine/engine_core.py     one request's part in a finished step: that request ends with an error
+    engine/output_processor.py one request's text and log-probabilities: that request ends with an error
+    engine/llm_engine.py      a step as a whole: re-raised as EngineDeadError, the engine is closed
     engine/process.py         the engine process main loop: reports the traceback to its parent and exits
     async_llm.py              the engine thread's loop: every waiting caller gets EngineDeadError with the cause
     server/app.py             one HTTP request: answers 500 in OpenAI's error shape

@@ -75,7 +75,7 @@ class EngineCore:
         self._requests: dict[str, Request] = {}
         self._num_arrivals = 0
         self._stats = EngineCoreStats(num_blocks=num_blocks)
-        executor.allocate_kv_cache(num_blocks, block_size)
+        executor.allocate(num_blocks, block_size, self._builder.largest_step(limits))
 
     def add_request(self, core_request: EngineCoreRequest) -> None:
         """Queue a request.

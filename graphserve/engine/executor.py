@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
+
 from graphserve.plan.schema import CacheGroup
 from graphserve.runtime.step_input import StepInput, StepOutput
+
+
+class StepSizes(msgspec.Struct, frozen=True):
+    """Tokens, logits rows and sequences of a step, padding included."""
+
+    num_tokens: int
+    num_rows: int
+    num_seqs: int
 
 
 class Executor(Protocol):
@@ -22,8 +32,8 @@ class Executor(Protocol):
     cache_groups: Sequence[CacheGroup]
     kv_bytes_per_token: int
 
-    def allocate_kv_cache(self, num_blocks: int, block_size: int) -> None:
-        """Make the KV pool; called once, before the first step."""
+    def allocate(self, num_blocks: int, block_size: int, largest_step: StepSizes) -> None:
+        """Make the KV pool and room for the largest step; called once, before the first step."""
 
     def execute(self, step_input: StepInput) -> StepOutput:
         """Run the model on one step and sample. An exception ends the engine: the KV cache may be half written."""

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 from graphserve.engine.block_pool import NULL_BLOCK, BlockPool
+from graphserve.engine.kv_pool_size import max_blocks_in_group
 from graphserve.engine.request import Request
 from graphserve.plan.schema import CacheGroup
 
@@ -39,15 +40,7 @@ class KVCacheManager:
 
     def num_blocks_for(self, num_tokens: int, num_new_tokens: int) -> int:
         """Most blocks that a request of ``num_tokens`` holds at a time, computed ``num_new_tokens`` a step."""
-        total = 0
-        for group in self.groups:
-            needed = -(-num_tokens // self.block_size)
-            reach = min((r for r in (group.window, group.chunk) if r is not None), default=None)
-            if reach is not None:
-                # The visible past and the new tokens, neither of which need begin at a block's edge.
-                needed = min(needed, -(-(reach + num_new_tokens) // self.block_size) + 1)
-            total += needed
-        return total
+        return sum(max_blocks_in_group(g, num_tokens, num_new_tokens, self.block_size) for g in self.groups)
 
     def allocate(self, request: Request, num_new_tokens: int) -> bool:
         """Extend the tables for the next ``num_new_tokens`` tokens; False, with nothing changed, if blocks lack."""

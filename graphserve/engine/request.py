@@ -62,8 +62,8 @@ class Request:
     """Mutable state of a request between arrival and its last token.
 
     Invariant: the KV of the first ``num_computed_tokens`` of ``token_ids`` (prompt, then output) is in the cache, as
-    far as later queries can see it. A step computes the next tokens up to ``len(token_ids)``; only when it reaches the end
-    does it sample. Prefill, chunked prefill, decode and recompute after a preemption are this one rule.
+    far as later queries can see it. A step computes the next tokens up to ``len(token_ids)``; only when it reaches the
+    end does it sample. Prefill, chunked prefill, decode and recompute after a preemption are this one rule.
     """
 
     __slots__ = (

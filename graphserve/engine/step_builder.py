@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from graphserve.engine.executor import StepSizes
 from graphserve.engine.request import Request
-from graphserve.engine.scheduler import ScheduledRequest
+from graphserve.engine.scheduler import ScheduledRequest, SchedulerLimits
 from graphserve.runtime.buckets import Buckets
 from graphserve.runtime.step_input import (
     NO_LOGPROBS,
@@ -19,8 +20,6 @@ from graphserve.runtime.step_input import (
     StepInput,
     sampling_keys,
 )
-
-BLOCK_TABLE_STEP = 8  # block tables are cut to the longest one in the step, rounded up to this
 
 
 class StepBuilder:
@@ -36,6 +35,15 @@ class StepBuilder:
         self._num_groups = num_groups
         self._block_size = block_size
         self._buckets = buckets
+
+    def largest_step(self, limits: SchedulerLimits) -> StepSizes:
+        """Bounds of the arrays that :meth:`build` makes within ``limits``."""
+        num_seqs = self._buckets.rows(limits.max_num_seqs)
+        return StepSizes(
+            num_tokens=max(num_seqs, self._buckets.tokens(limits.max_num_batched_tokens)),
+            num_rows=max(num_seqs, self._buckets.rows(limits.max_logits_rows)),
+            num_seqs=num_seqs,
+        )
 
     def build(self, scheduled: Sequence[ScheduledRequest]) -> StepInput:
         """Arrays of one step; ``scheduled`` is not empty and its order becomes the order of the sequences."""
@@ -88,8 +96,7 @@ class StepBuilder:
     def _block_table(self, scheduled: Sequence[ScheduledRequest], group: int, num_rows: int) -> Int32Array:
         """int32 [num_rows, B], null where a request has no block."""
         tables = [item.request.block_tables[group] for item in scheduled]
-        width = -(-max(len(table) for table in tables) // BLOCK_TABLE_STEP) * BLOCK_TABLE_STEP
-        block_table = np.zeros((num_rows, width), np.int32)
+        block_table = np.zeros((num_rows, max(len(table) for table in tables)), np.int32)
         for row, table in enumerate(tables):
             block_table[row, : len(table)] = table
         return block_table
