@@ -14,7 +14,7 @@ END_OF_TEXT, TURN_START, TURN_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_
 VOCAB_SIZE = 2048
 
 # What share of the documents each source gives; the rest are questions and answers.
-RAW_STORY, RAW_WRITTEN, CHAT_STORY, CHAT_WRITTEN = 0.22, 0.14, 0.08, 0.20
+RAW_STORY, RAW_WRITTEN, CHAT_STORY, CHAT_WRITTEN = 0.10, 0.32, 0.04, 0.26
 
 _SUBJECT = re.compile(r"\b(an? (?:\w+ )?\w+) named ([A-Z]\w+)")
 _NAMED_IN_REQUEST = ("a story about", "a short story about", "a little story about")

@@ -223,6 +223,7 @@ def train(args: argparse.Namespace) -> None:
             point = {
                 "step": step,
                 "minutes": round((time.perf_counter() - start) / 60, 2),
+                "cpu_minutes": round(time.process_time() / 60, 2),
                 "train_loss": round(sum(recent) / len(recent), 4),
                 "held_out_story_loss": round(story_loss(model, tokenizer, held_out), 4),
             }
@@ -252,7 +253,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="JSON list of stories")
     parser.add_argument("--output", type=Path, default=demo_path(), help="folder to write (default: the demo folder)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1450, help="optimizer steps of 4096 tokens")
+    parser.add_argument("--steps", type=int, default=1050, help="optimizer steps of 4096 tokens")
     parser.add_argument("--warmup", type=int, default=50, help="steps in which the learning rate rises")
     parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate")
     parser.add_argument("--save-every", type=int, default=100, help="steps between two saved checkpoints")
