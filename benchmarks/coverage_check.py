@@ -21,10 +21,13 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
+from graphserve.compiler.build import build_plan
+from graphserve.compiler.capture import register_interfaces
 from graphserve.errors import ConfigError, UnsupportedModelError
 from graphserve.models.meta_model import build_meta_model, non_persistent_buffers
 from graphserve.models.rope import bake_rope
-from graphserve.plan.schema import CacheSpec, Plan
+from graphserve.plan.schema import CacheSpec, Launch, Plan
+from graphserve.runtime.model_runner import ModelRunner
 from graphserve.runtime.step_input import SamplingInput, StepInput
 from tests.tiny_models import checkpoint_tensors, hf_logits, text_tokens, tiny_config, tiny_model
 
@@ -34,7 +37,9 @@ CHUNK_TOKENS = 16
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 128
 TOLERANCE = 1e-4  # max |ours - hf| / max |hf| over one request
-ISOLATION_TOLERANCE = 1e-6  # the same for a request whose neighbour was replaced
+# The same for a request whose neighbour was replaced. Not zero: another number of rows for an expert is another matrix
+# product, which BLAS sums in another order (2.5e-6 seen); a token that leaks gives 1e-2 and more.
+ISOLATION_TOLERANCE = 1e-5
 
 Result = Literal["right", "wrong", "refused", "error", "hf cannot run"]
 
@@ -199,7 +204,8 @@ def check_architecture(name: str, backend: str = "reference") -> CoverageRow:
         try:
             _check_against(row, model)
         except (UnsupportedModelError, ConfigError) as e:
-            row.result, row.reason = "refused", _one_line(e)
+            row.result, row.reason = "refused", " ".join(str(e).split())
+            row.guards = list(getattr(e, "guards", ()))
         except Exception as e:  # noqa: BLE001 - a bug of ours: the row names it and the job goes on
             row.result, row.reason = "error", f"{_one_line(e)} [{_location(e)}]"
     row.seconds = round(time.perf_counter() - start, 2)
@@ -219,17 +225,16 @@ def _runnable_hf_model(name: str) -> nn.Module:
 
 
 def _check_against(row: CoverageRow, model: nn.Module) -> None:
-    from graphserve.compiler.build import build_plan
-    from graphserve.compiler.capture import register_interfaces
-    from graphserve.runtime.model_runner import ModelRunner
-
     config = tiny_config(row.name)
     register_interfaces()
     meta = build_meta_model(config, torch.float32)
     bake_rope(meta, MAX_MODEL_LEN)
-    built = build_plan(meta, MAX_MODEL_LEN, non_persistent_buffers(meta))
+    phases: list[str] = []
+    try:
+        built = build_plan(meta, MAX_MODEL_LEN, non_persistent_buffers(meta), progress=phases.append)
+    finally:
+        row.traced = "prove" in phases  # the phase after capture
     plan = built.plan
-    row.traced = True
     describe_plan(row, plan, config)
     parameters = checkpoint_tensors(model)
     prompts = [text_tokens(length, seed=i) for i, length in enumerate(PROMPT_LENS)]
@@ -274,18 +279,24 @@ def describe_plan(row: CoverageRow, plan: Plan, config: PretrainedConfig) -> Non
         matches[report["name"]] += report["matches"]
     row.matches = dict(matches)
     row.launches = dict(Counter(launch.kind for launch in plan.launches))
+    attention = [launch for launch in plan.launches if launch.op.startswith("gs.paged_attention")]
     layer_types = getattr(config.get_text_config(), "layer_types", None) or []
     rules: dict[str, list[str]] = {}
-    for i, spec in enumerate(plan.cache_layers):
-        layer_type = layer_types[i] if len(layer_types) == len(plan.cache_layers) else "attention"
-        rules.setdefault(layer_type, []).append(describe_rule(spec))
+    for i, (launch, spec) in enumerate(zip(attention, plan.cache_layers, strict=True)):
+        layer_type = layer_types[i] if len(layer_types) == len(attention) else "attention"
+        rules.setdefault(layer_type, []).append(describe_rule(launch, spec))
     row.rules = {layer_type: " | ".join(dict.fromkeys(found)) for layer_type, found in rules.items()}
 
 
-def describe_rule(spec: CacheSpec) -> str:
-    span = f"window {spec.window}" if spec.window else f"chunk {spec.chunk}" if spec.chunk else "full"
-    shared = "" if spec.shared_with is None else ", shared KV"
-    return f"{span}, {spec.kv_heads}x{spec.k_dim}" + (f"/{spec.v_dim}" if spec.v_dim != spec.k_dim else "") + shared
+def describe_rule(launch: Launch, spec: CacheSpec) -> str:
+    """What a `gs.paged_attention` launch says of itself, such as "causal, window 8, sinks, 2x16"."""
+    sinks, _, _, window, chunk, softcap, causal = launch.args[6:13]
+    parts = ["causal" if causal else "bidirectional"]
+    parts += [f"{word} {size:g}" for word, size in (("window", window), ("chunk", chunk), ("softcap", softcap)) if size]
+    parts += ["sinks"] if sinks is not None else []
+    parts.append(f"{spec.kv_heads}x{spec.k_dim}" + (f"/{spec.v_dim}" if spec.v_dim != spec.k_dim else ""))
+    parts += [f"KV of layer {spec.shared_with}"] if spec.shared_with is not None else []
+    return ", ".join(parts)
 
 
 def _one_line(error: BaseException) -> str:

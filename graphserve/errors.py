@@ -43,7 +43,14 @@ class CheckpointError(GraphserveError):
 
 
 class UnsupportedModelError(GraphserveError):
-    """The model cannot be compiled faithfully; the message names op, module and reason."""
+    """The model cannot be compiled faithfully; the message names op, module and reason.
+
+    ``guards``: conditions on the number of tokens under which the trace would hold, if that is the reason.
+    """
+
+    def __init__(self, message: str, guards: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.guards = guards
 
 
 class CompileError(GraphserveError):

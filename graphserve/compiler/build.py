@@ -72,8 +72,8 @@ def build_plan(
     notes: list[str] = []
     phase = _PhaseTimer(seconds, progress)
     with phase("capture"):
-        gm, stack = _capture_stack(model, full_depth, notes)
-        constants = canonicalize(gm)
+        gm, constants, stack = _capture_stack(model, full_depth, notes)
+    with phase("prove"):
         check_rowwise(gm)
         _check_attention_count(gm, model, stack)
     ctx = PassContext(gm, max_model_len)
@@ -110,29 +110,39 @@ class _PhaseTimer:
         self._seconds[self._name] = time.perf_counter() - self._start
 
 
-def _capture_stack(model: nn.Module, full_depth: bool, notes: list[str]) -> tuple[fx.GraphModule, LayerStack | None]:
-    """Trace the representative layers; at full depth when they cannot stand for the rest."""
+def _capture_stack(
+    model: nn.Module, full_depth: bool, notes: list[str]
+) -> tuple[fx.GraphModule, dict[str, torch.Tensor], LayerStack | None]:
+    """Trace the representative layers, or every layer when they cannot stand for the rest: graph, constants, layers."""
     names = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
     stack = find_layers(model, full_depth)
     if stack is None:
         notes.append("no stack of layers recognised: the model is traced whole")
-        return capture(model, names), None
-    if stack.is_reduced:
-        with marked(model, stack):
-            gm = capture(model, names)
-        reason = why_not_repeatable(gm, stack)
-        if reason is None:
-            return gm, stack
+        return *_capture_canonical(model, names), None
+    gm, constants = _capture_marked(model, names, stack)
+    reason = why_not_repeatable(gm, stack)
+    if reason is not None and stack.is_reduced:
         notes.append(f"traced at full depth: {reason}")
         stack = find_layers(model, full_depth=True)
         assert stack is not None
-    with marked(model, stack):
-        gm = capture(model, names)
-    reason = why_not_repeatable(gm, stack)
+        gm, constants = _capture_marked(model, names, stack)
+        reason = why_not_repeatable(gm, stack)
     if reason is None:
-        return gm, stack
+        return gm, constants, stack
     notes.append(f"layers are not separable: {reason}")
-    return capture(model, names), None
+    return *_capture_canonical(model, names), None
+
+
+def _capture_marked(
+    model: nn.Module, names: dict[int, str], stack: LayerStack
+) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+    with marked(model, stack):
+        return _capture_canonical(model, names)
+
+
+def _capture_canonical(model: nn.Module, names: dict[int, str]) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+    gm = capture(model, names)
+    return gm, canonicalize(gm)
 
 
 def _repeat_recipes(recipes: dict[str, WeightRecipe], stack: LayerStack) -> dict[str, WeightRecipe]:

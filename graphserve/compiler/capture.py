@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from typing import Any
 
 import torch
@@ -247,7 +248,8 @@ def _check_guards(shape_env: Any, gm: fx.GraphModule, model: str) -> None:
     if bounds is not None and bool(bounds.lower > 2 or bounds.upper < 1 << 30):
         bad.append(f"{symbol} in [{bounds.lower}, {bounds.upper}]")
     if bad:
-        raise UnsupportedModelError(f"{model}: the graph holds only for some token counts T: {'; '.join(bad)}")
+        bad = [re.sub(rf"\b{symbol}\b", "T", text) for text in bad]
+        raise UnsupportedModelError(f"{model}: the graph holds only for some token counts T: {'; '.join(bad)}", tuple(bad))
 
 
 def _reason(error: BaseException) -> str:
