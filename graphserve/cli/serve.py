@@ -65,7 +65,12 @@ def run(options: argparse.Namespace) -> int:
         )
         sys.stderr.flush()
 
-    return asyncio.run(serve(server_options, EngineClient(config.to_kwargs()), announce))
+    client = EngineClient(config.to_kwargs())
+    status = asyncio.run(serve(server_options, client, announce))
+    seconds = time.monotonic() - begin
+    tokens = client.total_stats.generation_tokens_total
+    sys.stderr.write(f"served {client.num_submitted} requests with {tokens} tokens in {seconds:.1f} s\n")
+    return status
 
 
 def _server_options(options: argparse.Namespace) -> ServerOptions:

@@ -123,8 +123,9 @@ class EngineClient:
         self._config, self._command, self._restart_pauses_s = config, tuple(command), tuple(restart_pauses_s)
         self.state: State = "starting"
         self.stats = EngineStats()
-        self.stats_before_restart = EngineStats()  # counters of the processes that came before this one
+        self._stats_before = EngineStats()  # counters of the processes that came before this one
         self.num_restarts = 0
+        self.num_submitted = 0  # engine requests, over all processes
         self._info: EngineInfo | None = None
         self._streams: dict[str, RequestStream] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -152,6 +153,11 @@ class EngineClient:
     def process_id(self) -> int | None:
         """Operating-system id of the running engine process."""
         return self._process.pid if self._process is not None else None
+
+    @property
+    def total_stats(self) -> EngineStats:
+        """Counters over all processes so far, without gauges."""
+        return self._stats_before.plus_counters(self.stats)
 
     @property
     def num_requests(self) -> int:
@@ -186,6 +192,7 @@ class EngineClient:
             assert request.request_id not in self._streams, f"request id {request.request_id} is in use"
             self._streams[request.request_id] = stream
             self._send(request)
+        self.num_submitted += len(requests)
         return stream
 
     def abort(self, stream: RequestStream) -> None:
@@ -311,7 +318,7 @@ class EngineClient:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(EngineDeadError(reason))
-        self.stats_before_restart = self.stats_before_restart.plus_counters(self.stats)
+        self._stats_before = self.total_stats
         self.stats = EngineStats()
 
     async def _reap(self) -> int | None:

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -41,9 +42,11 @@ from graphserve.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
+_STATS_INTERVAL_S = 0.25  # while long prompts are computed, steps bring no output that the stats could ride on
 
-class ServedEngine(Protocol):
-    """What the loop needs of an engine; ``engine/served_engine.py`` gives it for :class:`LLMEngine`."""
+
+class SteppedEngine(Protocol):
+    """What the loop needs of an engine; :class:`~graphserve.engine.served_engine.ServedEngine` is one."""
 
     info: EngineInfo
 
@@ -67,10 +70,11 @@ class EngineLoop:
 
     def __init__(self, connection: MessageSocket[ToEngine]) -> None:
         self._connection = connection
+        self._stats_sent_at = 0.0
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="engine reader", daemon=True).start()
 
-    def run(self, make_engine: Callable[[dict[str, Any]], ServedEngine]) -> None:
+    def run(self, make_engine: Callable[[dict[str, Any]], SteppedEngine]) -> None:
         """Take the configuration, make the engine and serve it."""
         first = self._inbox.get()
         assert isinstance(first, StartEngine), f"the first message was {type(first).__name__}"
@@ -80,15 +84,20 @@ class EngineLoop:
         try:
             while self._take_messages(engine):
                 if engine.has_unfinished_requests():
-                    deltas, ended = engine.step()
-                    for failure in ended:
-                        self._connection.send(failure)
-                    if deltas or ended:
-                        self._connection.send(StepOutputs(deltas, engine.stats()))
+                    self._step(engine)
         finally:
             engine.close()
 
-    def _take_messages(self, engine: ServedEngine) -> bool:
+    def _step(self, engine: SteppedEngine) -> None:
+        deltas, ended = engine.step()
+        for failure in ended:
+            self._connection.send(failure)
+        now = time.monotonic()
+        if deltas or ended or now - self._stats_sent_at > _STATS_INTERVAL_S:
+            self._stats_sent_at = now
+            self._connection.send(StepOutputs(deltas, engine.stats()))
+
+    def _take_messages(self, engine: SteppedEngine) -> bool:
         """Handle what has arrived; waits for a message when there is nothing to step. False: shut down."""
         is_idle = not engine.has_unfinished_requests()
         while is_idle or not self._inbox.empty():
@@ -115,7 +124,7 @@ class EngineLoop:
             os._exit(1)  # the parent is gone: nobody is left to answer to
 
 
-def run_engine_process(fd: int, make_engine: Callable[[dict[str, Any]], ServedEngine]) -> int:
+def run_engine_process(fd: int, make_engine: Callable[[dict[str, Any]], SteppedEngine]) -> int:
     """Serve the engine on inherited socket ``fd``; returns the exit status.
 
     The parent alone decides when to stop: a terminal's Ctrl-C and a service manager's SIGTERM reach this process too, but
@@ -135,12 +144,14 @@ def run_engine_process(fd: int, make_engine: Callable[[dict[str, Any]], ServedEn
     return 0
 
 
-def main() -> int:
+def main() -> None:
     """Entry of ``python -m graphserve.engine.process FD``."""
     from graphserve.engine.served_engine import load_engine
 
-    return run_engine_process(int(sys.argv[1]), load_engine)
+    status = run_engine_process(int(sys.argv[1]), load_engine)
+    sys.stderr.flush()
+    os._exit(status)  # the engine is closed; Python's own teardown with torch loaded would take seconds more
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,8 +15,8 @@ from aiohttp import web
 from graphserve.server import chat_completions, completions, health, models
 from graphserve.server.connection_guard import GUARDS
 from graphserve.server.errors import ApiError, error_response, from_http_exception
-from graphserve.server.sse import EVENTS, SlowClientError
-from graphserve.server.state import REQUEST_ID, STATE, ServerState
+from graphserve.server.sse import EventStream, SlowClientError
+from graphserve.server.state import EVENTS, REQUEST_ID, STATE, ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -91,16 +91,16 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         return await _fail(request, from_http_exception(error))
     except SlowClientError as error:
         logger.warning("%s: %s; its requests were aborted", request[REQUEST_ID], error)
-        return request[EVENTS].response
+        return _left(request)
     except ConnectionError:  # the client left between two writes
-        return request[EVENTS].response if EVENTS in request else web.Response(status=STATUS_CLIENT_LEFT)
+        return _left(request)
     except Exception:
         logger.exception("request %s failed", request[REQUEST_ID])
         return await _fail(request, ApiError(500, "the server failed on this request", code="internal_error"))
 
 
 async def _fail(request: web.Request, error: ApiError) -> web.StreamResponse:
-    events = request.get(EVENTS)
+    events: EventStream | None = request.get(EVENTS)
     if events is None or not events.is_started:
         return error_response(error)
     try:
@@ -109,6 +109,12 @@ async def _fail(request: web.Request, error: ApiError) -> web.StreamResponse:
     except ConnectionError:
         logger.debug("the client left before the error event")
     return events.response
+
+
+def _left(request: web.Request) -> web.StreamResponse:
+    """What aiohttp wants returned when nobody is there to read it."""
+    events: EventStream | None = request.get(EVENTS)
+    return web.Response(status=STATUS_CLIENT_LEFT) if events is None else events.response
 
 
 def _check_key(request: web.Request) -> None:

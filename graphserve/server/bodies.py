@@ -32,8 +32,9 @@ async def read_body(request: web.Request) -> bytes:
     if content_type is not None and kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, f"content type {kind[:64]!r} is not accepted: send application/json")
     options = request.app[STATE].options
-    if (request.content_length or 0) > options.max_body_bytes:
-        raise web.HTTPRequestEntityTooLarge(options.max_body_bytes, request.content_length)
+    announced = request.content_length or 0
+    if announced > options.max_body_bytes:
+        raise web.HTTPRequestEntityTooLarge(options.max_body_bytes, announced)
     timeout_s = options.body_timeout
     try:
         async with asyncio.timeout(timeout_s):

@@ -9,8 +9,8 @@ from aiohttp import web
 from msgspec import UNSET
 
 from graphserve.engine.messages import AddRequest, OutputDelta
-from graphserve.server.generation import Generation, generation
 from graphserve.server.bodies import json_response, read_body
+from graphserve.server.generation import Generation, generation
 from graphserve.server.logprobs import completion_logprobs
 from graphserve.server.protocol import (
     CompletionChoice,

@@ -36,8 +36,9 @@ def completion_logprobs(
         result.text_offset.append(text_offset)
         text_offset += len(token)
         if result.top_logprobs is not None:
-            best = _best(position, num_top) if position else None
-            result.top_logprobs.append(best and {_text(i, candidate): _value(candidate) for i, candidate in best})
+            best = _best(position, num_top) if position else []
+            top = {_text(i, candidate): _value(candidate) for i, candidate in best}
+            result.top_logprobs.append(top or None)
     return result
 
 

@@ -105,7 +105,7 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         client = self._client
-        stats, before = client.stats, client.stats_before_restart
+        stats, totals = client.stats, client.total_stats
         ready = GaugeMetricFamily("graphserve:engine_ready", "1 while the engine takes requests")
         ready.add_metric([], float(client.is_ready))
         yield ready
@@ -117,12 +117,12 @@ class _EngineCollector(Collector):
         model = client.info.model
         yield _gauge("num_requests_running", "Sequences in the running batch", model, stats.num_running)
         yield _gauge("num_requests_waiting", "Sequences that wait", model, stats.num_waiting)
-        usage = stats.num_blocks_in_use / max(stats.num_blocks, 1)
+        usage = stats.num_blocks_in_use / max(stats.num_blocks - 1, 1)  # block 0 is reserved
         yield _gauge("kv_cache_usage_perc", "Share of KV-cache blocks in use, 1 is all", model, usage)
         yield _gauge("kv_cache_blocks_in_use", "KV-cache blocks in use", model, stats.num_blocks_in_use)
         for name, help_text, field in _ENGINE_COUNTERS:
             family = CounterMetricFamily(f"graphserve:{name}", help_text, labels=["model_name"])
-            family.add_metric([model], getattr(stats, field) + getattr(before, field))
+            family.add_metric([model], getattr(totals, field))
             yield family
         config = InfoMetricFamily("graphserve:cache_config", "KV-cache configuration")
         config.add_metric([], {"block_size": str(client.info.block_size), "num_gpu_blocks": str(stats.num_blocks)})

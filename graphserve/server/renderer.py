@@ -130,4 +130,4 @@ class Renderer:
     def _check_ids(self, ids: list[int]) -> None:
         for token_id in ids:
             if not 0 <= token_id < self._vocab_size:
-                raise bad_request(f"token id {token_id} is outside the vocabulary of {self._vocab_size}", "prompt")
+                raise bad_request(f"prompt: token id {token_id} is outside the vocabulary of {self._vocab_size}", "prompt")

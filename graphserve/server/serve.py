@@ -17,8 +17,8 @@ from graphserve.engine.messages import EngineInfo
 from graphserve.errors import ConfigError
 from graphserve.server.app import make_app
 from graphserve.server.connection_guard import GUARDS, ConnectionGuards
-from graphserve.server.renderer import Renderer
 from graphserve.server.options import ServerOptions
+from graphserve.server.renderer import Renderer
 from graphserve.server.state import ServerState
 
 logger = logging.getLogger(__name__)

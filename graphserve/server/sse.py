@@ -8,9 +8,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from graphserve.server.state import REQUEST_ID, STATE
+from graphserve.server.state import EVENTS, REQUEST_ID, STATE
 
-EVENTS = "events"  # key of a request's EventStream in its storage
 DONE = b"data: [DONE]\n\n"
 
 _encoder = msgspec.json.Encoder()

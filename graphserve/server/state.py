@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -91,4 +91,8 @@ class ServerState:
 
 
 STATE: web.AppKey[ServerState] = web.AppKey("state", ServerState)
-REQUEST_ID = "request_id"  # key of a request's id in its storage
+
+# aiohttp 3.14 warns about other keys than its RequestKey; before, it had none and took any.
+_RequestKey: Any = getattr(web, "RequestKey", web.AppKey)
+REQUEST_ID = _RequestKey("request_id", str)
+EVENTS = _RequestKey("events", object)  # the request's EventStream
