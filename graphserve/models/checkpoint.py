@@ -186,7 +186,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         text = stream.read(header_bytes)
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name}: not a safetensors file: its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{name}: expected a JSON object as header, found {type(header).__name__}")
@@ -245,13 +245,15 @@ def _read_index(directory: Path, problems: list[str]) -> dict[str, str] | None:
         return None
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        usable = isinstance(weight_map, dict) and bool(weight_map)
     except (ValueError, KeyError, TypeError) as error:
         problems.append(f"{INDEX_NAME}: not a safetensors index ({type(error).__name__}: {error})")
         return {}
     # A file name with a folder in it would let an index point outside the model's folder.
-    bad = [file for file in weight_map.values() if not isinstance(file, str) or os.path.basename(file) != file]
-    if not usable or bad:
-        problems.append(f"{INDEX_NAME}: expected weight_map {{tensor: file name}}, found {str(bad or weight_map):.80}")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) and os.path.basename(file) == file for file in weight_map.values())
+    ):
+        problems.append(f"{INDEX_NAME}: expected weight_map {{tensor: file name}}, found {str(weight_map):.80}")
         return {}
     return weight_map

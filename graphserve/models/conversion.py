@@ -131,8 +131,7 @@ def _apply(
     shapes: Mapping[str, Shape],
 ) -> dict[str, Expression]:
     """Run a converter's operations over expressions; returns full parameter names."""
-    for pattern, names in sources.items():
-        _check_numbering(pattern, names)
+    _check_numbering(sources)
     _check_complete(converter, sources)
     collected: Collected = {pattern: [Load(name) for name in names] for pattern, names in sources.items()}
     context = _Context(converter, target, model, state, shapes)
@@ -182,35 +181,37 @@ def _single(values: list[Expression]) -> Expression:
     return values[0]
 
 
-def _check_numbering(pattern: str, names: list[str]) -> None:
-    """Tensors behind a ``*`` are numbered 0, 1, 2, ... without holes."""
-    if "*" not in pattern or len(names) < 2:
-        return
-    numbers = [[int(part) for part in re.findall(r"\d+", name)] for name in names]
-    varying = [column for column in zip(*numbers, strict=True) if len(set(column)) > 1] if _same_length(numbers) else []
-    if len(varying) == 1 and list(varying[0]) != list(range(len(names))):
-        missing = sorted(set(range(max(varying[0]) + 1)) - set(varying[0]))
-        raise ConversionError(
-            f"tensors of {pattern} are missing for numbers {missing[:8]}: expected 0..{max(varying[0])}, "
-            f"found {len(names)} tensors"
-        )
+def _check_numbering(sources: dict[str, list[str]]) -> None:
+    """Tensors behind a ``*`` (one an expert) are numbered 0, 1, 2, ... without holes, equally in all patterns."""
+    numbered = {pattern: _by_number(names) for pattern, names in sources.items() if "*" in pattern and len(names) > 1}
+    count = 1 + max((number for names in numbered.values() for number in names), default=-1)
+    missing = [
+        "".join((*parts[:column], str(number), *parts[column + 1 :]))
+        for names in numbered.values()
+        for parts, column in [next(iter(names.values()))]
+        for number in range(count)
+        if number not in names
+    ]
+    if missing:
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise ConversionError(f"tensor {missing[0]}{more} missing: expected numbers 0 to {count - 1} for each")
 
 
-def _same_length(rows: list[list[int]]) -> bool:
-    return len({len(row) for row in rows}) == 1
+def _by_number(names: list[str]) -> dict[int, tuple[list[str], int]]:
+    """Names by the one number in which they differ, each split around its numbers, with that number's place."""
+    split = [re.split(r"(\d+)", name) for name in names]
+    if len({len(parts) for parts in split}) > 1:
+        return {}
+    places = [place for place in range(1, len(split[0]), 2) if len({parts[place] for parts in split}) > 1]
+    return {int(parts[places[0]]): (parts, places[0]) for parts in split} if len(places) == 1 else {}
 
 
 def _check_complete(converter: Any, sources: dict[str, list[str]]) -> None:
-    """Every source pattern of a many-to-one conversion must be there, with the same number of tensors."""
+    """A join needs all its parts; without one it would only be seen as a wrong shape."""
     absent = [pattern for pattern in converter.source_patterns if pattern not in sources]
-    if not absent:
-        return
-    # Alternative layouts are written as further source patterns (published once stacked, once per expert): a layout
-    # is complete when as many tensors are joined as the shape check expects, so only plain joins are refused here.
-    kinds = [type(operation).__name__ for operation in converter.operations]
-    if "Concatenate" in kinds and len(sources) < 2:
+    if absent and any(type(operation).__name__ == "Concatenate" for operation in converter.operations):
         present = next(iter(sources.values()))[0]
-        raise ConversionError(f"tensor for {absent[0]} is missing beside {present}")
+        raise ConversionError(f"the tensors {absent[0]} that belong to {present} are missing")
 
 
 def _chunk(op: Any, collected: Collected, context: _Context) -> Collected:

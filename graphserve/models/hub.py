@@ -132,18 +132,19 @@ def _snapshot(
         RevisionNotFoundError,
     )
 
+    reporter = _DownloadReporter(f"download {name}", progress)
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                allow_patterns=patterns,
-                ignore_patterns=IGNORE_PATTERNS,
-                tqdm_class=_reporting_tqdm(f"download {name}", progress),
-            )
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            allow_patterns=patterns,
+            ignore_patterns=IGNORE_PATTERNS,
+            tqdm_class=reporter.tqdm_class(),
         )
+        reporter.finish()
+        return Path(folder)
     except GatedRepoError as error:
         raise ConfigError(
             f"{name!r} is gated on the hub: accept its terms on its page, then set HF_TOKEN or pass hf_token"
@@ -189,25 +190,47 @@ def _no_weights_message(name: str, folder: Path, revision: str | None, token: st
     return f"{name!r} has no *.safetensors weights on the hub (files: {', '.join(files[:8])})"
 
 
-def _reporting_tqdm(phase: str, progress: Progress) -> type:
-    """A tqdm class for snapshot_download that draws nothing and reports downloaded bytes."""
-    from tqdm.auto import tqdm
+class _DownloadReporter:
+    """Turns the progress bars of one download into reports.
 
-    class ReportingTqdm(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)  # huggingface_hub's own extension of the signature
-            self._counts_bytes = kwargs.get("unit") == "B"
-            kwargs["disable"] = False
-            kwargs["gui"] = False
-            super().__init__(*args, **kwargs)
+    huggingface_hub shows the same bytes in several bars (received, written) whose totals grow as files are found; the
+    furthest one counts. The last report, which ends the phase, is held back until the download is over.
+    """
 
-        def display(self, *args: Any, **kwargs: Any) -> None:
-            return None
+    def __init__(self, phase: str, progress: Progress) -> None:
+        self._phase = phase
+        self._progress = progress
+        self._done = 0
+        self._total = 0
 
-        def update(self, n: float | None = 1) -> bool | None:
-            shown = super().update(n)
-            if self._counts_bytes and self.total:
-                progress(phase, int(min(self.n, self.total)), int(self.total))
-            return shown
+    def update(self, done: float, total: float) -> None:
+        self._done, self._total = max(self._done, int(done)), max(self._total, int(total))
+        if self._total:
+            self._progress(self._phase, min(self._done, self._total - 1), self._total)
 
-    return ReportingTqdm
+    def finish(self) -> None:
+        if self._total:
+            self._progress(self._phase, self._total, self._total)
+
+    def tqdm_class(self) -> type:
+        """A class for ``snapshot_download(tqdm_class=...)`` that draws nothing."""
+        from tqdm.auto import tqdm
+
+        reporter = self
+
+        class ReportingTqdm(tqdm):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                kwargs.pop("name", None)  # huggingface_hub's own extension of the signature
+                self._counts_bytes = kwargs.get("unit") == "B"
+                super().__init__(*args, **{**kwargs, "disable": False, "gui": False})
+
+            def display(self, *args: Any, **kwargs: Any) -> None:
+                return None
+
+            def update(self, n: float | None = 1) -> bool | None:
+                shown = super().update(n)
+                if self._counts_bytes and self.total:
+                    reporter.update(self.n, self.total)
+                return shown
+
+        return ReportingTqdm
