@@ -28,7 +28,7 @@ class Binder(Protocol):
     def bind(self, launch: Launch, runner: PlanRunner, tensors: Mapping[str, torch.Tensor], size: StepSize) -> Action | None:
         """The action for ``launch``, or None if this binder leaves it to its reference."""
 
-    def finish(self, actions: list[Action]) -> list[Action]:
+    def finish(self, actions: list[Action], size: StepSize) -> list[Action]:
         """Called with all bound actions of a step size; may merge neighbours."""
 
 
@@ -147,6 +147,12 @@ class PlanRunner:
         self.weights.clear()
         self.inputs.clear()
 
+    def set_plan(self, plan: Plan, binders: dict[str, Binder]) -> None:
+        """Run ``plan`` from now on: the same launches, some of another kind."""
+        assert plan.buffers == self.plan.buffers
+        self.plan, self._binders = plan, binders
+        self._bindings.clear()
+
     def invalidate(self) -> None:
         """Forget bindings; call after a tensor in ``inputs`` or ``weights`` was replaced."""
         self._bindings.clear()
@@ -193,7 +199,7 @@ class PlanRunner:
             action = binder.bind(launch, self, tensors, size) if binder is not None else None
             actions.append(action or self._bind_reference(launch, tensors, size))
         for binder in self._binders.values():
-            actions = binder.finish(actions)
+            actions = binder.finish(actions, size)
         output = tensors[self.plan.output]
         return actions, output.view(-1, output.shape[-1])
 

@@ -10,8 +10,11 @@ import torch
 
 from graphserve.errors import ConfigError
 from graphserve.kernels import register_all
-from graphserve.plan.runner import Binder, PlanRunner, StepSize
+from graphserve.kernels.cpu import compiler
+from graphserve.plan.cache_dir import cache_dir
+from graphserve.plan.runner import PlanRunner, StepSize
 from graphserve.plan.schema import Plan
+from graphserve.runtime.cpp_backend import CppBackend, lower_to_cpp
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.step_input import StepInput
 from graphserve.runtime.weights import materialize_weights
@@ -30,7 +33,6 @@ class ModelRunner:
         constants: the plan's constants (``BuildResult.constants``).
         backend: ``reference`` runs every launch as plain torch; ``cpp`` uses generated C++ where there is a kernel;
             ``auto`` is ``cpp`` if there is a C++ compiler, else ``reference``.
-        max_num_seqs: most sequences in a step; inputs grow if a step has more.
 
     ``close`` gives all memory back; the runner is then unusable.
     """
@@ -50,9 +52,12 @@ class ModelRunner:
         weights = materialize_weights(plan, stream, constants or {}, self.device)
         self.weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
         self.kv_cache: KVCache | None = None
+        self._weights = weights
+        self._is_cpp = self._choose(backend)
+        self._cpp: CppBackend | None = None
         self._block_table_len = 0
         self._inputs: dict[str, torch.Tensor] = {}
-        self._runner = PlanRunner(plan, weights, self._inputs, _view_input, self.device, _binders(plan, backend, weights))
+        self._runner = PlanRunner(plan, weights, self._inputs, _view_input, self.device)
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> None:
         """Make the KV pool. May be called again: the old pool and its contents are dropped."""
@@ -66,6 +71,30 @@ class ModelRunner:
             self._inputs[f"kv_v.{layer}"] = values
         longest = -(-self.plan.model["max_model_len"] // block_size)
         self._block_table_len = max(1, min(longest, num_blocks))
+        if self._is_cpp:
+            self._use_cpp()
+
+    def _choose(self, backend: Backend) -> bool:
+        """Whether to run generated C++."""
+        if backend == "reference" or self.device.type != "cpu":
+            return False
+        if backend == "auto" and compiler() is None:
+            logger.warning(
+                "no C++ compiler found (g++ or clang++ on PATH, or $CXX): plain torch runs instead, several times slower"
+            )
+            return False
+        return True
+
+    def _use_cpp(self) -> None:
+        """Switch launches to generated C++ for the pool's block size."""
+        assert self.kv_cache is not None
+        kernel_plan = lower_to_cpp(self.plan, self.kv_cache)
+        if self._cpp is None:
+            self._cpp = CppBackend(kernel_plan, self._weights, cache_dir() / "cpp")
+        else:
+            self._cpp.replace_kernels(kernel_plan, cache_dir() / "cpp")
+        self._cpp.table_lens = [self._block_table_len] * len(self.plan.cache_groups)
+        self._runner.set_plan(kernel_plan.plan, {"cpp": self._cpp})
 
     def reserve(self, max_tokens: int, max_rows: int, max_seqs: int) -> None:
         """Make room for the largest step, so that nothing moves later."""
@@ -88,6 +117,7 @@ class ModelRunner:
     def close(self) -> None:
         """Free weights, KV cache and buffers."""
         self.kv_cache = None
+        self._cpp = None
         self._runner.release()
 
     def _grow_inputs(self, size: StepSize) -> None:
@@ -135,7 +165,3 @@ def _view_input(name: str, tensor: torch.Tensor, size: StepSize) -> torch.Tensor
     if name.startswith("slot_mapping."):
         return tensor[: size.num_tokens]
     return tensor
-
-
-def _binders(plan: Plan, backend: Backend, weights: dict[str, torch.Tensor]) -> dict[str, Binder]:
-    return {}

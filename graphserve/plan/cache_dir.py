@@ -1,0 +1,25 @@
+"""Where compiled artifacts are kept between runs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """``$GRAPHSERVE_CACHE``, else ``$XDG_CACHE_HOME/graphserve``, else ``~/.cache/graphserve``.
+
+    A folder that cannot be made or written is replaced by one of this process's own, so that a read-only home stops
+    nobody.
+    """
+    named = os.environ.get("GRAPHSERVE_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(named) if named else Path(home) / "graphserve"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="graphserve-"))
