@@ -8,6 +8,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,11 @@ class RunningServer:
 
     def run(self, coroutine: Any) -> Any:
         """Run a coroutine on the server's loop and return its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+        return self.begin(coroutine).result(60)
+
+    def begin(self, coroutine: Any) -> Future[Any]:
+        """The same without waiting."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     @property
     def port(self) -> int:
@@ -120,20 +125,32 @@ StartServer = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def start_server(byte_tokenizer: Path) -> StartServer:
-    """``with start_server(engine={...}, **options) as server``: a running server over the echo engine."""
+def make_server(byte_tokenizer: Path) -> StartServer:
+    """``with make_server(engine={...}, **options) as server``: a server over the echo engine, not yet started."""
 
     @contextmanager
-    def start(
+    def make(
         engine: dict[str, Any] | None = None, restart_pauses_s: tuple[float, ...] = (0.01, 0.02), **options: Any
     ) -> Iterator[RunningServer]:
         config = {"tokenizer_path": str(byte_tokenizer), **(engine or {})}
         client = EngineClient(config, FAKE_ENGINE, restart_pauses_s)
         running = RunningServer(ServerOptions(port=0, **options), client)
         try:
-            yield running.start()
+            yield running
         finally:
             running.close()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def start_server(make_server: StartServer) -> StartServer:
+    """The same, started: it admits requests."""
+
+    @contextmanager
+    def start(**arguments: Any) -> Iterator[RunningServer]:
+        with make_server(**arguments) as running:
+            yield running.start()
 
     return start
 

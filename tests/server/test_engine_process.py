@@ -88,13 +88,16 @@ def test_an_error_while_loading_reaches_the_caller_as_its_own_class(start_server
         pass
 
 
-def test_the_port_answers_live_and_not_ready_while_the_engine_loads(start_server: Any, byte_tokenizer: Path) -> None:
-    with start_server() as server:
-        slow = server.server.state
-        slow.client.state = "starting"
-        status, answer, _ = server.request("POST", COMPLETIONS, {"prompt": "abc"})
-        assert status == 503 and "loading" in answer["error"]["message"]
-        slow.client.state = "ready"
+def test_the_port_answers_live_and_not_ready_while_the_engine_loads(make_server: Any) -> None:
+    with make_server(engine={"load_s": 1.0}) as server:
+        server.run(server.server.listen())
+        loading = server.begin(server.server.load())
+        status, answer, headers = server.request("POST", COMPLETIONS, {"prompt": "abc"})
+        assert status == 503 and "loading" in answer["error"]["message"] and headers["Retry-After"]
+        assert server.request("GET", "/v1/models")[0] == server.request("GET", "/health/ready")[0] == 503
+        assert server.request("GET", "/health/live")[0] == 200 == server.request("GET", "/metrics")[0]
+        loading.result(30)
+        assert server.request("POST", COMPLETIONS, {"prompt": "abc"})[0] == 200
 
 
 def test_a_killed_parent_leaves_no_engine_behind(byte_tokenizer: Path) -> None:
