@@ -250,7 +250,7 @@ def _is_int(value: object) -> bool:
 
 
 def _require_int(name: str, value: object, low: int, high: int) -> None:
-    allowed = f"an integer >= {low}" if high == INT64_MAX else f"an integer in [{low}, {high}]"
+    allowed = f"an integer in [{low}, {high}]" if low == INT64_MIN or high < INT64_MAX else f"an integer >= {low}"
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise _refused(name, value, allowed)
 
