@@ -103,13 +103,14 @@ def load_config(model_dir: str | Path) -> PreTrainedConfig:
         ConfigError: missing or unknown configuration, or one that needs remote code.
         UnsupportedModelError: quantized, or no causal language model.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     raw = read_config_json(model_dir)
     check_servable(raw)
     try:
         config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         message = f"config.json of {model_dir} is not a valid {raw['model_type']} configuration: {error}"
         raise ConfigError(message) from error
     if hasattr(config, "auto_map"):
