@@ -14,9 +14,10 @@ from torch import fx, nn
 
 from graphserve.compiler.canonicalize import canonicalize
 from graphserve.compiler.capture import capture, register_interfaces
-from graphserve.compiler.layers import LayerStack, find_layers, marked, repeat_layers, why_not_repeatable
+from graphserve.compiler.layers import LayerStack, find_layers, marked, regions, repeat_layers, why_not_repeatable
 from graphserve.compiler.lowering import Lowering, dtype_name
 from graphserve.compiler.pipeline import FUSE, LIFT, PassReport, run_pipeline
+from graphserve.compiler.refusals import refuse_before_trace
 from graphserve.compiler.rowwise import check_rowwise
 from graphserve.errors import UnsupportedModelError
 from graphserve.passes.context import PassContext, WeightRecipe
@@ -30,7 +31,7 @@ class BuildResult:
     """A plan and what making it showed.
 
     Attributes:
-        constants: values the plan's ``buffer`` weights take: name → CPU tensor.
+        constants: values that the plan's ``constant`` weights take: name → CPU tensor.
         graph: the final L2 graph.
         stack: how layers were grouped; None if the model has no recognisable stack.
         notes: sentences for the user, such as why layers were traced at full depth.
@@ -75,7 +76,7 @@ def build_plan(
         gm, constants, stack = _capture_stack(model, full_depth, notes)
     with phase("prove"):
         check_rowwise(gm)
-        _check_attention_count(gm, model, stack)
+        _check_attention(gm, model, stack)
     ctx = PassContext(gm, max_model_len)
     with phase("lift"):
         reports = run_pipeline(gm, ctx, LIFT)
@@ -116,6 +117,7 @@ def _capture_stack(
     """Trace the representative layers, or every layer when they cannot stand for the rest: graph, constants, layers."""
     names = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
     stack = find_layers(model, full_depth)
+    refuse_before_trace(model, stack)
     if stack is None:
         notes.append("no stack of layers recognised: the model is traced whole")
         return *_capture_canonical(model, names), None
@@ -157,15 +159,24 @@ def _repeat_recipes(recipes: dict[str, WeightRecipe], stack: LayerStack) -> dict
     return repeated
 
 
-def _check_attention_count(gm: fx.GraphModule, model: nn.Module, stack: LayerStack | None) -> None:
-    """Each layer with an attention module must show in the graph, or something of it was lost."""
-    nodes = [n for n in gm.graph.nodes if n.target is torch.ops.gs.attention_trace.default]
-    expected = len(stack.traced) if stack is not None else model.config.get_text_config().num_hidden_layers
-    if len(nodes) != expected:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: the graph has {len(nodes)} attention nodes where the config's layers give "
-            f"{expected}: layers without attention, or attention outside transformers' AttentionInterface"
-        )
+def _check_attention(gm: fx.GraphModule, model: nn.Module, stack: LayerStack | None) -> None:
+    """Each layer's attention must show in the graph, or something of the model was lost."""
+    if stack is None:
+        found = sum(_is_attention(node) for node in gm.graph.nodes)
+        expected = model.config.get_text_config().num_hidden_layers
+        if found < expected:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: the graph has {found} attention nodes where the config says {expected} layers"
+            )
+        return
+    for number, region in regions(gm.graph).items():
+        if not any(map(_is_attention, region.nodes)):
+            layer = type(model.get_submodule(stack.path)[number]).__name__
+            raise UnsupportedModelError(f"{stack.path}.{number} ({layer}) ran without attention in the trace")
+
+
+def _is_attention(node: fx.Node) -> bool:
+    return node.target is torch.ops.gs.attention_trace.default
 
 
 def _lower(

@@ -32,6 +32,7 @@ def canonicalize(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
         UnsupportedModelError: a constant's value is not known (made on the meta device).
     """
     constants: dict[str, torch.Tensor] = {}
+    made_constants: list[fx.Node] = []
     last_placeholder = None
     for node in gm.graph.nodes:
         if node.op == "placeholder":
@@ -43,13 +44,16 @@ def canonicalize(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
                 raise UnsupportedModelError(f"the trace holds a {type(value).__name__} constant ({node.target})")
             if value.device.type == "meta":
                 raise UnsupportedModelError(f"the trace holds a constant without a value ({node.target})")
-            name = f"constant.{len(constants)}"
-            with gm.graph.inserting_after(last_placeholder):
-                last_placeholder = gm.graph.placeholder(name.replace(".", "_"))
-            last_placeholder.meta.update(node.meta)
-            last_placeholder.meta["gs_weight"] = name
-            constants[name] = value.detach().clone()
-            node.replace_all_uses_with(last_placeholder)
+            made = next((p for p in made_constants if _same_bits(constants[p.meta["gs_weight"]], value)), None)
+            if made is None:
+                name = f"constant.{len(constants)}"
+                with gm.graph.inserting_after(last_placeholder):
+                    made = last_placeholder = gm.graph.placeholder(name.replace(".", "_"))
+                made.meta.update(node.meta)
+                made.meta["gs_weight"] = name
+                constants[name] = value.detach().clone()
+                made_constants.append(made)
+            node.replace_all_uses_with(made)
             gm.graph.erase_node(node)
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             if node.target._schema.name.split("::")[1] in _ASSERTIONS and not node.users:
@@ -65,6 +69,13 @@ def canonicalize(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
     return constants
 
 
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal constants are one: each layer makes its own, and layers of a type must look alike."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
 def _is_identity(node: fx.Node) -> bool:
     packet = node.target.overloadpacket  # type: ignore[union-attr]
     return packet in _IDENTITIES or (packet is aten.dropout and node.args[2] is False)
@@ -72,13 +83,14 @@ def _is_identity(node: fx.Node) -> bool:
 
 def _number_by_position(gm: fx.GraphModule, node: fx.Node) -> None:
     """``arange(T)`` → ``positions[0]``."""
-    positions = next((n for n in gm.graph.nodes if n.meta.get("gs_input") == "positions"), None)
-    if positions is None or str(node.meta["val"].shape[0]) != str(positions.meta["val"].shape[1]):
+    ids = next((n for n in gm.graph.nodes if n.meta.get("gs_input") == "input_ids"), None)
+    if ids is None or str(node.meta["val"].shape[0]) != str(ids.meta["val"].shape[1]):
         return
     starts_at_zero = node.target is aten.arange.default or node.args[0] == 0
     unit_step = len(node.args) < 3 or node.args[2] == 1
     if not (starts_at_zero and unit_step):
         return
+    positions = _positions(gm, ids)
     value = node.meta["val"]
     with gm.graph.inserting_before(node):
         new = gm.graph.call_function(aten.select.int, (positions, 0, 0))
@@ -89,6 +101,17 @@ def _number_by_position(gm: fx.GraphModule, node: fx.Node) -> None:
             new = cast
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
+
+
+def _positions(gm: fx.GraphModule, ids: fx.Node) -> fx.Node:
+    """The placeholder of the positions; a model that numbers its tokens itself has not asked for it."""
+    for node in gm.graph.nodes:
+        if node.meta.get("gs_input") == "positions":
+            return node
+    with gm.graph.inserting_after(ids):
+        node = gm.graph.placeholder("positions")
+    node.meta = {"gs_input": "positions", "val": torch.empty_like(ids.meta["val"])}
+    return node
 
 
 def _drop_device(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphserve.compiler.attention_rule import AttentionRule, decode_rule, reconcile, recorded_masks
 from graphserve.compiler.experts import describe_experts, register_experts
+from graphserve.compiler.refusals import MARKER, trace_failure_reason
 from graphserve.errors import UnsupportedModelError
 from graphserve.kernels import register_all
 
@@ -88,7 +89,7 @@ def graphserve_attention(
     causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
     rule: AttentionRule = reconcile(decode_rule(attention_mask), sliding_window, causal, extras)
     if rule.unsupported:
-        raise RuntimeError(f"graphserve-refusal: {type(module).__name__}: {rule.unsupported}")
+        raise RuntimeError(f"{MARKER}{type(module).__name__}: {rule.unsupported}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = getattr(module, "layer_idx", None)
     if layer is None:
@@ -127,8 +128,6 @@ def capture(model: nn.Module, weight_names: dict[int, str] | None = None) -> fx.
     name = type(model).__name__
     parameters = inspect.signature(model.forward).parameters
     takes_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if "position_ids" not in parameters and not takes_kwargs:
-        raise UnsupportedModelError(f"{name}.forward takes no position_ids: packed requests cannot be told apart")
     options = {k: v for k, v in (("use_cache", False), ("return_dict", False)) if k in parameters or takes_kwargs}
     if weight_names is None:
         weight_names = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
@@ -154,7 +153,7 @@ def capture(model: nn.Module, weight_names: dict[int, str] | None = None) -> fx.
         with torch.no_grad(), recorded_masks(model):
             torch.compile(step, backend=backend, fullgraph=True)(ids, positions, indices)
     except Exception as e:  # isolation boundary: Dynamo raises many kinds; the reason goes to the user
-        raise UnsupportedModelError(f"{name} does not trace to one graph: {_reason(e)}") from e
+        raise UnsupportedModelError(f"{name} does not trace to one graph: {trace_failure_reason(e)}") from e
     finally:
         torch._dynamo.reset()
     gm: fx.GraphModule = captured["graph"]
@@ -250,15 +249,6 @@ def _check_guards(shape_env: Any, gm: fx.GraphModule, model: str) -> None:
     if bad:
         bad = [re.sub(rf"\b{symbol}\b", "T", text) for text in bad]
         raise UnsupportedModelError(f"{model}: the graph holds only for some token counts T: {'; '.join(bad)}", tuple(bad))
-
-
-def _reason(error: BaseException) -> str:
-    """One line a person can act on, out of Dynamo's report."""
-    text = str(error)
-    if "graphserve-refusal: " in text:
-        return text.split("graphserve-refusal: ", 1)[1].splitlines()[0].rstrip("'\")")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[:3])[:400] if lines else type(error).__name__
 
 
 def weight_placeholders(gm: fx.GraphModule) -> dict[str, fx.Node]:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from graphserve.compiler.refusals import MARKER
+
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -42,7 +44,7 @@ def graphserve_experts(
     """
     act, limit, alpha, refusal = module.graphserve_activation
     if refusal:
-        raise RuntimeError(f"graphserve-refusal: {refusal}")
+        raise RuntimeError(f"{MARKER}{refusal}")
     has_gate = module.has_gate
     up = module.gate_up_proj if has_gate else module.up_proj
     up_bias = None

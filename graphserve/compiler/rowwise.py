@@ -29,7 +29,7 @@ _ALONG_DIM = {  # op → position of its ``dim`` argument; the dimension must no
     aten.slice: 1, aten.select: 1, aten.split: 2, aten.split_with_sizes: 2, aten.chunk: 2, aten.unbind: 1,
     aten.narrow: 1, aten.softmax: 1, aten._softmax: 1, aten.log_softmax: 1, aten.mean: 1, aten.sum: 1, aten.amax: 1,
     aten.amin: 1, aten.max: 1, aten.min: 1, aten.argmax: 1, aten.cumsum: 1, aten.sort: 1, aten.topk: 2, aten.var: 1,
-    aten.std: 1, aten.cat: 1, aten.stack: 1, aten.gather: 1, aten.scatter: 1, aten.scatter_: 1, aten.scatter_add: 1,
+    aten.std: 1, aten.cat: 1, aten.stack: 1, aten.scatter: 1, aten.scatter_: 1, aten.scatter_add: 1,
     aten.scatter_add_: 1, aten.linalg_vector_norm: 2, aten.norm: 2, aten.argsort: 1, aten.logsumexp: 1, aten.glu: 1,
     aten.split_copy: 2, aten.tensor_split: 2, aten.flip: 1, aten.prod: 1, aten.masked_select: 1, aten.unfold: 1,
     aten.var_mean: 1, aten.index_select: 1, aten.cumprod: 1, aten.logcumsumexp: 1, aten.roll: 2, aten.diff: 2,
@@ -140,6 +140,8 @@ def _why_not(node: fx.Node, symbol: Any, outer: dict[fx.Node, Any]) -> str | Non
         return _product_reason(node, packet, token_inputs, symbol)
     if packet is aten.index:
         return _index_reason(node, symbol)
+    if packet is aten.gather:
+        return _gather_reason(node, symbol)
     if packet in _ALONG_DIM:
         return _along_dim_reason(node, packet, token_inputs)
     return "is not known to work on each token by itself"
@@ -229,6 +231,15 @@ def _index_reason(node: fx.Node, symbol: Any) -> str | None:
     if index is None or index.meta.get("gs_input") == "logits_indices":
         return None
     return "gathers along the tokens"
+
+
+def _gather_reason(node: fx.Node, symbol: Any) -> str | None:
+    source, dim, index = node.args[:3]
+    source_dims, index_dims = token_dims(source.meta["val"], symbol), token_dims(index.meta["val"], symbol)
+    dim %= index.meta["val"].dim()
+    if not source_dims:  # a table: right when the index says which row, not the token's place
+        return None if index_dims == [dim] else "looks up a table by the place of the token"
+    return None if index_dims == source_dims and dim not in source_dims else "gathers along the tokens"
 
 
 def _along_dim_reason(node: fx.Node, packet: Any, token_inputs: list[tuple[fx.Node, list[int]]]) -> str | None:
