@@ -185,7 +185,8 @@ def derive_max_model_len(config: PreTrainedConfig, requested: int | None = None)
     """The longest sequence (prompt + output, tokens) to serve.
 
     ``None`` takes what the config was made for; RoPE scaling that stretches a shorter trained length (linear, dynamic,
-    yarn) multiplies it by its factor.
+    yarn) multiplies it by its factor. A LongRoPE model is served at its trained length unless more is requested:
+    beyond it all requests get the long factors (see rope.bake_rope), which makes answers to short ones worse.
 
     Raises:
         ConfigError: ``requested`` is below 1 or above what the config allows.
@@ -201,13 +202,27 @@ def derive_max_model_len(config: PreTrainedConfig, requested: int | None = None)
     key, limit = min(stated.items(), key=lambda item: item[1])
     limit, reason = _scaled_limit(config, limit, f"{key}={limit}")
     if requested is None:
-        return limit
+        return _longrope_trained_length(config, limit)
     if requested > limit:
         raise ConfigError(
             f"max_model_len={requested} is larger than the {limit} tokens this model allows ({reason}): lower "
             "max_model_len"
         )
     return requested
+
+
+def _longrope_trained_length(config: PreTrainedConfig, limit: int) -> int:
+    for rope in rope_parameter_sets(config):
+        trained = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "longrope" and trained and trained < limit:
+            logger.warning(
+                "max_model_len is %d, the length this LongRoPE model was trained for; up to %d can be requested, with "
+                "the long RoPE factors for every request",
+                trained,
+                limit,
+            )
+            return int(trained)
+    return limit
 
 
 def rope_parameter_sets(config: PreTrainedConfig) -> list[dict[str, Any]]:

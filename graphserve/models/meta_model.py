@@ -54,10 +54,10 @@ def build_meta_model(
                 experts_implementation=experts_implementation,
                 trust_remote_code=False,
             )
-    except (ValueError, ImportError, NotImplementedError) as error:
+    except (ValueError, ImportError, NotImplementedError, KeyError) as error:  # KeyError: a table of its own classes
         raise UnsupportedModelError(
             f"{config.model_type}: transformers cannot build it with attn_implementation={attn_implementation!r}, "
-            f"experts_implementation={experts_implementation!r}: {error}"
+            f"experts_implementation={experts_implementation!r}: {error!r}"
         ) from error
     _keep_float32(model, dtype)
     model.eval().requires_grad_(False)

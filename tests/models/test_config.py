@@ -154,6 +154,16 @@ def test_the_longest_context_follows_the_config(case: str) -> None:
         derive_max_model_len(config, expected + 1)
 
 
+def test_longrope_is_served_at_its_trained_length_unless_more_is_requested(caplog: pytest.LogCaptureFixture) -> None:
+    factors = {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8, "original_max_position_embeddings": 4096}
+    config = LlamaConfig(max_position_embeddings=131072, rope_parameters=rope("longrope", **factors))
+    assert derive_max_model_len(config) == 4096
+    assert "up to 131072 can be requested" in caplog.text
+    assert derive_max_model_len(config, 131072) == 131072
+    with pytest.raises(ConfigError, match="larger than the 131072 tokens"):
+        derive_max_model_len(config, 131073)
+
+
 def test_a_length_below_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_model_len=0: give tokens >= 1"):
         derive_max_model_len(LlamaConfig(), 0)

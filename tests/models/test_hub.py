@@ -11,12 +11,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from graphserve.errors import ConfigError
 from graphserve.models.hub import resolve_model
 
+UNREACHABLE = "http://127.0.0.1:9"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 # Runs in its own process: huggingface_hub reads its endpoint and offline switch when it is imported.
@@ -24,13 +26,14 @@ DOWNLOAD = """
 import json, sys
 from graphserve.errors import GraphserveError
 from graphserve.models.hub import resolve_model
-reports = []
-try:
-    folder = resolve_model(sys.argv[1], download_dir=sys.argv[2], progress=lambda *report: reports.append(report))
-    answer = {"files": sorted(path.name for path in folder.iterdir()), "reports": reports}
-except GraphserveError as error:
-    answer = {"error": str(error)}
-print(json.dumps(answer))
+for name in sys.argv[2:]:
+    reports = []
+    try:
+        folder = resolve_model(name, download_dir=sys.argv[1], progress=lambda *report: reports.append(report))
+        answer = {"files": sorted(path.name for path in folder.iterdir()), "reports": reports}
+    except GraphserveError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
 """
 
 
@@ -63,13 +66,13 @@ def test_a_revision_of_something_local_is_refused(name: str, tmp_path: Path) -> 
 
 
 def test_offline_and_not_cached_says_so(tmp_path: Path) -> None:
-    answer = _download("owner/absent", tmp_path, endpoint="http://127.0.0.1:9", offline=True)
+    (answer,) = _download(["owner/absent"], tmp_path, UNREACHABLE, offline=True)
     assert "HF_HUB_OFFLINE is set" in answer["error"]
     assert "'owner/absent'" in answer["error"] and str(tmp_path) in answer["error"]
 
 
 def test_an_unreachable_hub_says_so(tmp_path: Path) -> None:
-    answer = _download("owner/absent", tmp_path, endpoint="http://127.0.0.1:9")
+    (answer,) = _download(["owner/absent"], tmp_path, UNREACHABLE)
     assert "could not be reached" in answer["error"]
 
 
@@ -113,7 +116,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         name, file = "/".join(parts[:2]), parts[-1]
         data = self.server.repositories[name][file]
         if with_body:
-            self.server.fetched.append(file)
+            self.server.fetched.append(f"{name}/{file}")
         etag = hashlib.sha1(data).hexdigest()
         self._send(200, data if with_body else b"", {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, len(data))
 
@@ -129,7 +132,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 LLAMA_CONFIG = json.dumps({"model_type": "llama"}).encode()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
     server = Hub(
         {
@@ -158,8 +161,20 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
-def test_a_download_takes_config_tokenizer_and_safetensors_only(hub: Hub, tmp_path: Path) -> None:
-    answer = _download("owner/good", tmp_path, hub=hub)
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def answers(hub: Hub, cache: Path) -> dict[str, dict[str, Any]]:
+    """What resolve_model did with each name, one after the other in one process."""
+    names = ["owner/good", "owner/missing", "owner/pickle", "owner/code"]
+    return dict(zip(names, _download(names, cache, f"http://127.0.0.1:{hub.server_port}"), strict=True))
+
+
+def test_a_download_takes_config_tokenizer_and_safetensors_only(answers: dict[str, dict[str, Any]]) -> None:
+    answer = answers["owner/good"]
     assert answer["files"] == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
     name, done, total = answer["reports"][-1]
     assert name == "download owner/good" and done == total == 300_000
@@ -167,33 +182,31 @@ def test_a_download_takes_config_tokenizer_and_safetensors_only(hub: Hub, tmp_pa
     assert counts == sorted(counts) and counts.count(300_000) == 1
 
 
-def test_a_cached_model_is_found_offline(hub: Hub, tmp_path: Path) -> None:
-    _download("owner/good", tmp_path, hub=hub)
-    answer = _download("owner/good", tmp_path, endpoint="http://127.0.0.1:9", offline=True)
-    assert "model.safetensors" in answer["files"]
+def test_a_cached_model_is_found_offline(answers: dict[str, dict[str, Any]], cache: Path) -> None:
+    (answer,) = _download(["owner/good"], cache, UNREACHABLE, offline=True)
+    assert answer["files"] == answers["owner/good"]["files"]
 
 
-def test_a_repository_that_does_not_exist_says_what_was_tried(hub: Hub, tmp_path: Path) -> None:
-    answer = _download("owner/missing", tmp_path, hub=hub)
-    assert "tried the folder 'owner/missing'" in answer["error"] and "no such repository" in answer["error"]
+def test_a_repository_that_does_not_exist_says_what_was_tried(answers: dict[str, dict[str, Any]]) -> None:
+    error = answers["owner/missing"]["error"]
+    assert "tried the folder 'owner/missing'" in error and "no such repository" in error
 
 
-def test_a_repository_with_pickle_weights_only_is_refused_with_the_remedy(hub: Hub, tmp_path: Path) -> None:
-    answer = _download("owner/pickle", tmp_path, hub=hub)
-    assert "only pickle weights (pytorch_model.bin)" in answer["error"] and "save_pretrained" in answer["error"]
-    assert "pytorch_model.bin" not in hub.fetched
+def test_pickle_weights_alone_are_refused_with_the_remedy(answers: dict[str, dict[str, Any]], hub: Hub) -> None:
+    error = answers["owner/pickle"]["error"]
+    assert "only pickle weights (pytorch_model.bin)" in error and "save_pretrained" in error
+    assert "owner/pickle/pytorch_model.bin" not in hub.fetched
 
 
-def test_remote_code_is_refused_before_weights_are_fetched(hub: Hub, tmp_path: Path) -> None:
-    answer = _download("owner/code", tmp_path, hub=hub)
-    assert "'made_up' needs Python code shipped with the checkpoint" in answer["error"]
-    assert hub.fetched == ["config.json"]
+def test_remote_code_is_refused_before_weights_are_fetched(answers: dict[str, dict[str, Any]], hub: Hub) -> None:
+    assert "'made_up' needs Python code shipped with the checkpoint" in answers["owner/code"]["error"]
+    assert [path for path in hub.fetched if path.startswith("owner/code")] == ["owner/code/config.json"]
 
 
-def _download(name: str, cache: Path, hub: Hub | None = None, endpoint: str = "", offline: bool = False) -> dict:
+def _download(names: list[str], cache: Path, endpoint: str, offline: bool = False) -> list[dict[str, Any]]:
     environment = {
         **os.environ,
-        "HF_ENDPOINT": endpoint or f"http://127.0.0.1:{hub.server_port if hub else 9}",
+        "HF_ENDPOINT": endpoint,
         "HF_HUB_OFFLINE": "1" if offline else "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -202,7 +215,7 @@ def _download(name: str, cache: Path, hub: Hub | None = None, endpoint: str = ""
     }
     for key in [key for key in environment if key.lower().endswith("_proxy")]:
         del environment[key]
-    command = [sys.executable, "-c", DOWNLOAD, name, str(cache)]
+    command = [sys.executable, "-c", DOWNLOAD, str(cache), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines()]
