@@ -246,7 +246,9 @@ def _check_against(row: CoverageRow, model: nn.Module) -> None:
     row.worst_position_error = max(worst_position_error(a, b) for a, b in zip(ours, truth, strict=True))
 
     changed = [prompts[0], text_tokens(PROMPT_LENS[1], seed=1000), prompts[2]]
-    second = PackedRun(ModelRunner(plan, parameters, built.constants, backend=row.backend), changed, forced=first.decoded())
+    second = PackedRun(
+        ModelRunner(plan, parameters, built.constants, backend=row.backend), changed, forced=first.decoded()
+    )
     others = second.run()
     row.isolation_error = max(relative_error(others[i], ours[i]) for i in (0, 2))
     row.result, row.reason = judge(row.max_relative_error, row.isolation_error)

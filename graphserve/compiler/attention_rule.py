@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 _PREFIX = "graphserve-rule"
+# Arguments of the mask functions that add to the rule or take from it.
+_OVERLAYS = ("or_mask_function", "and_mask_function", "block_sequence_ids")
 
 
 class AttentionRule(NamedTuple):  # a tuple of plain values: Dynamo traces through the functions below
@@ -61,7 +63,7 @@ def reconcile(rule: AttentionRule | None, window: int | None, is_causal: bool, e
         extras: names of further arguments with a meaning that `gs.attention` does not have.
     """
     if extras:
-        return AttentionRule(unsupported=f"attention call has arguments with no gs.attention meaning: {', '.join(extras)}")
+        return AttentionRule(unsupported=f"the attention call has arguments of unknown meaning: {', '.join(extras)}")
     if rule is None:
         if not is_causal:
             return AttentionRule(unsupported="attention is bidirectional (no mask, module.is_causal is False)")
@@ -69,9 +71,7 @@ def reconcile(rule: AttentionRule | None, window: int | None, is_causal: bool, e
     if rule.unsupported:
         return rule
     if window and rule.window and window != rule.window:
-        return AttentionRule(
-            unsupported=f"mask says sliding window {rule.window}, attention call says {window}: which one holds is unclear"
-        )
+        return AttentionRule(unsupported=f"the mask has sliding window {rule.window}, the attention call {window}")
     # The mask decides, as it does in the eager implementation that is our oracle: a window argument beside a full
     # causal mask has no effect there.
     return rule
@@ -79,18 +79,18 @@ def reconcile(rule: AttentionRule | None, window: int | None, is_causal: bool, e
 
 def _recorder(kind: str, config: Any) -> Callable[..., str]:
     def record(*args: Any, **kwargs: Any) -> str:
-        overlays = [k for k in ("or_mask_function", "and_mask_function", "block_sequence_ids") if kwargs.get(k) is not None]
+        overlays = [name for name in _OVERLAYS if kwargs.get(name) is not None]
         effective = kwargs.get("config", args[0] if args else config)
         if overlays:
             return encode_rule(AttentionRule(unsupported=f"mask with {', '.join(overlays)}"))
         if not getattr(effective, "is_causal", True):
-            return encode_rule(AttentionRule(causal=False, unsupported="bidirectional mask (config.is_causal is False)"))
+            return encode_rule(AttentionRule(unsupported="bidirectional mask (config.is_causal is False)"))
         if kind == "sliding":
             return encode_rule(AttentionRule(window=int(effective.sliding_window)))
         if kind == "chunked":
             return encode_rule(AttentionRule(chunk=int(effective.attention_chunk_size)))
         if kind == "bidirectional":
-            return encode_rule(AttentionRule(causal=False, unsupported="bidirectional mask"))
+            return encode_rule(AttentionRule(unsupported="bidirectional mask"))
         return encode_rule(AttentionRule())
 
     return record
@@ -116,8 +116,8 @@ def recorded_masks(model: nn.Module) -> Iterator[None]:
         "create_recurrent_attention_mask": _no_mask,
     }
     recorders = {name: f for name, f in recorders.items() if hasattr(masking_utils, name)}
-    modules = {sys.modules[c.__module__] for m in model.modules() for c in type(m).__mro__ if c.__module__ in sys.modules}
-    modules.add(masking_utils)
+    names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+    modules = {masking_utils, *(sys.modules[name] for name in names if name in sys.modules)}
     undo: list[Callable[[], None]] = []
     for module in modules:
         for name, replacement in recorders.items():

@@ -6,11 +6,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
-from torch import fx, nn
+from torch import fx
 
 from graphserve.compiler.canonicalize import canonicalize
 from graphserve.compiler.capture import capture, register_interfaces
@@ -22,6 +22,9 @@ from graphserve.compiler.rowwise import check_rowwise
 from graphserve.errors import UnsupportedModelError
 from graphserve.passes.context import PassContext, WeightRecipe
 from graphserve.plan.schema import CacheGroup, Launch, Plan, TensorSpec, WeightPart, WeightSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ class BuildResult:
 
 
 def build_plan(
-    model: nn.Module,
+    model: PreTrainedModel,
     max_model_len: int,
     buffers: dict[str, torch.Tensor],
     *,
@@ -90,7 +93,8 @@ def build_plan(
     with phase("lower"):
         plan = _lower(gm, ctx, model, max_model_len, constants | buffers)
     plan.passes = [msgspec.to_builtins(r) for r in reports]
-    values = {n: v for n, v in (constants | buffers).items() if n in plan.weights and plan.weights[n].source == "constant"}
+    wanted = {name for name, weight in plan.weights.items() if weight.source == "constant"}
+    values = {name: value for name, value in (constants | buffers).items() if name in wanted}
     return BuildResult(plan, values, gm, stack, reports, notes, seconds)
 
 
@@ -112,7 +116,7 @@ class _PhaseTimer:
 
 
 def _capture_stack(
-    model: nn.Module, full_depth: bool, notes: list[str]
+    model: PreTrainedModel, full_depth: bool, notes: list[str]
 ) -> tuple[fx.GraphModule, dict[str, torch.Tensor], LayerStack | None]:
     """Trace the representative layers, or every layer when they cannot stand for the rest: graph, constants, layers."""
     names = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
@@ -136,13 +140,13 @@ def _capture_stack(
 
 
 def _capture_marked(
-    model: nn.Module, names: dict[int, str], stack: LayerStack
+    model: PreTrainedModel, names: dict[int, str], stack: LayerStack
 ) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
     with marked(model, stack):
         return _capture_canonical(model, names)
 
 
-def _capture_canonical(model: nn.Module, names: dict[int, str]) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+def _capture_canonical(model: PreTrainedModel, names: dict[int, str]) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
     gm = capture(model, names)
     return gm, canonicalize(gm)
 
@@ -159,7 +163,7 @@ def _repeat_recipes(recipes: dict[str, WeightRecipe], stack: LayerStack) -> dict
     return repeated
 
 
-def _check_attention(gm: fx.GraphModule, model: nn.Module, stack: LayerStack | None) -> None:
+def _check_attention(gm: fx.GraphModule, model: PreTrainedModel, stack: LayerStack | None) -> None:
     """Each layer's attention must show in the graph, or something of the model was lost."""
     if stack is None:
         found = sum(_is_attention(node) for node in gm.graph.nodes)
@@ -171,7 +175,7 @@ def _check_attention(gm: fx.GraphModule, model: nn.Module, stack: LayerStack | N
         return
     for number, region in regions(gm.graph).items():
         if not any(map(_is_attention, region.nodes)):
-            layer = type(model.get_submodule(stack.path)[number]).__name__
+            layer = type(model.get_submodule(f"{stack.path}.{number}")).__name__
             raise UnsupportedModelError(f"{stack.path}.{number} ({layer}) ran without attention in the trace")
 
 
@@ -180,7 +184,7 @@ def _is_attention(node: fx.Node) -> bool:
 
 
 def _lower(
-    gm: fx.GraphModule, ctx: PassContext, model: nn.Module, max_model_len: int, constants: dict[str, torch.Tensor]
+    gm: fx.GraphModule, ctx: PassContext, model: PreTrainedModel, max_model_len: int, constants: dict[str, torch.Tensor]
 ) -> Plan:
     inputs = {n.meta["gs_input"]: n for n in gm.graph.nodes if n.op == "placeholder" and "gs_input" in n.meta}
     tokens = inputs["input_ids"].meta["val"].shape[1].node.expr
@@ -217,15 +221,15 @@ def _lower(
         buffers=lowering.buffers,
         weights=weights,
         cache_layers=list(ctx.cache_layers),
-        cache_groups=[
-            CacheGroup(tuple(layers), window, chunk) for (window, chunk), layers in ctx.cache_groups.items()
-        ],
+        cache_groups=[CacheGroup(tuple(layers), window, chunk) for (window, chunk), layers in ctx.cache_groups.items()],
         output=lowering.value_name(output),
         passes=[],
     )
 
 
-def _weight_spec(name: str, node: fx.Node, ctx: PassContext, known: dict[str, torch.Tensor], model: nn.Module) -> WeightSpec:
+def _weight_spec(
+    name: str, node: fx.Node, ctx: PassContext, known: dict[str, torch.Tensor], model: PreTrainedModel
+) -> WeightSpec:
     value = node.meta["val"]
     spec = TensorSpec(tuple(int(d) for d in value.shape), dtype_name(value.dtype))
     if name in ctx.init_graphs:
@@ -236,7 +240,7 @@ def _weight_spec(name: str, node: fx.Node, ctx: PassContext, known: dict[str, to
     return WeightSpec(spec, "parameters", tuple(_parts(name, dim, ctx, model)), dim)
 
 
-def _parts(name: str, dim: int, ctx: PassContext, model: nn.Module) -> list[WeightPart]:
+def _parts(name: str, dim: int, ctx: PassContext, model: PreTrainedModel) -> list[WeightPart]:
     """The parameters that a weight is joined from, flattened through recipes of recipes."""
     if name not in ctx.weight_recipes:
         shape = _tensor(model, name).shape
@@ -247,7 +251,7 @@ def _parts(name: str, dim: int, ctx: PassContext, model: nn.Module) -> list[Weig
     return [part for source in names for part in _parts(source, dim, ctx, model)]
 
 
-def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+def _tensor(model: PreTrainedModel, name: str) -> torch.Tensor:
     path, _, leaf = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), leaf)
     assert isinstance(tensor, torch.Tensor)
@@ -260,7 +264,7 @@ def _lower_init(
     weights: dict[str, WeightSpec],
     ctx: PassContext,
     known: dict[str, torch.Tensor],
-    model: nn.Module,
+    model: PreTrainedModel,
 ) -> list[Launch]:
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     lowering = Lowering(None, None, prefix=f"{name}/")  # positions are [1, max_model_len]: every size is known

@@ -1,8 +1,8 @@
 """Capture: an unmodified `transformers` model on the meta device → one ATen FX graph (L1).
 
-``torch.compile`` (Dynamo) gives a graph of the model's Python with the token dimension symbolic; ``make_fx`` lowers it to
-ATen before dispatch, with ``aten.linear`` whole and each parameter a placeholder. Attention and experts arrive as single
-nodes because we register our own functions in `transformers`' interfaces.
+``torch.compile`` (Dynamo) gives a graph of the model's Python with the token dimension symbolic; ``make_fx`` lowers it
+to ATen before dispatch, with ``aten.linear`` whole and each parameter a placeholder. Attention and experts arrive as
+single nodes because we register our own functions in `transformers`' interfaces.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphserve.compiler.attention_rule import AttentionRule, decode_rule, reconcile, recorded_masks
@@ -21,6 +22,9 @@ from graphserve.compiler.experts import describe_experts, register_experts
 from graphserve.compiler.refusals import MARKER, trace_failure_reason
 from graphserve.errors import UnsupportedModelError
 from graphserve.kernels import register_all
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +61,12 @@ def _layer_end_meta(x: torch.Tensor, layer: int) -> torch.Tensor:
 
 # Arguments of the attention call that mean nothing for the result at inference, whatever their value.
 _INERT_KWARGS = frozenset(
-    """dropout position_ids use_cache output_attentions output_hidden_states cache_position position_embeddings
-    return_dict num_items_in_batch past_key_values past_key_value training deterministic attention_dropout
-    output_router_logits is_causal s_aux sliding_window softcap scaling logits_to_keep target_dtype
-    query_length layer_idx""".split()
+    {
+        *("dropout", "attention_dropout", "training", "deterministic", "num_items_in_batch"),
+        *("use_cache", "cache_position", "past_key_value", "past_key_values", "query_length", "layer_idx"),
+        *("position_ids", "position_embeddings", "logits_to_keep", "target_dtype"),
+        *("return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
+    }
 )
 
 
@@ -109,13 +115,13 @@ def register_interfaces() -> None:
     register_experts(IMPLEMENTATION)
 
 
-def capture(model: nn.Module, weight_names: dict[int, str] | None = None) -> fx.GraphModule:
+def capture(model: PreTrainedModel, weight_names: dict[int, str] | None = None) -> fx.GraphModule:
     """Trace ``model`` into an L1 graph.
 
     Args:
         model: a causal LM on the meta device, in eval mode, built with ``attn_implementation="graphserve"``.
-        weight_names: ``id(tensor)`` → name of each parameter and buffer; the model's own names by default (needed when
-            the model is traced with fewer layers than it has).
+        weight_names: ``id(tensor)`` → name of each parameter and buffer; the model's own names by default (needed
+            when the model is traced with fewer layers than it has).
 
     Returns:
         GraphModule with inputs ``input_ids`` [1, T], ``positions`` [1, T], ``logits_indices`` [R] (int64) and one
@@ -167,7 +173,7 @@ def _to_aten(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphMod
     """Dynamo's graph → ATen graph before dispatch, on the fake tensors Dynamo left on its placeholders."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta["example_value"] for n in placeholders]
-    fake_mode = next(v.fake_mode for v in values if isinstance(v, torch.Tensor))
+    fake_mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
     allowed = fake_mode.allow_non_fake_inputs
     fake_mode.allow_non_fake_inputs = True  # constants that the model's Python makes (torch.tensor(3.0))
     try:
@@ -175,7 +181,8 @@ def _to_aten(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphMod
             aten = make_fx(gm, tracing_mode="real", pre_dispatch=True)(*values)
     finally:
         fake_mode.allow_non_fake_inputs = allowed
-    for node, source, value in zip([n for n in aten.graph.nodes if n.op == "placeholder"], placeholders, values, strict=True):
+    inputs = [n for n in aten.graph.nodes if n.op == "placeholder"]
+    for node, source, value in zip(inputs, placeholders, values, strict=True):
         node.meta["val"] = value
         node.meta["dynamo_name"] = source.name
     return aten, fake_mode.shape_env
@@ -240,19 +247,21 @@ def _check_guards(shape_env: Any, gm: fx.GraphModule, model: str) -> None:
         if symbol not in expr.free_symbols:
             continue
         # A guard that holds for every T from 2 up only says that the trace is general.
-        if not all(bool(expr.subs(symbol, t)) is True for t in (2, 3, 5, 16, 17, 64, 255, 256, 257, 4096, 131072)
-                   if not expr.subs(symbol, t).free_symbols):
+        if not all(
+            bool(expr.subs(symbol, t)) is True
+            for t in (2, 3, 5, 16, 17, 64, 255, 256, 257, 4096, 131072)
+            if not expr.subs(symbol, t).free_symbols
+        ):
             bad.append(str(expr))
     bounds = shape_env.var_to_range.get(symbol)
     if bounds is not None and bool(bounds.lower > 2 or bounds.upper < 1 << 30):
         bad.append(f"{symbol} in [{bounds.lower}, {bounds.upper}]")
     if bad:
         bad = [re.sub(rf"\b{symbol}\b", "T", text) for text in bad]
-        raise UnsupportedModelError(f"{model}: the graph holds only for some token counts T: {'; '.join(bad)}", tuple(bad))
+        shown = "; ".join(bad[:2])[:200] + (f"; and {len(bad) - 2} more" if len(bad) > 2 else "")
+        raise UnsupportedModelError(f"{model}: the trace holds only for some token counts T: {shown}", tuple(bad))
 
 
 def weight_placeholders(gm: fx.GraphModule) -> dict[str, fx.Node]:
     """Parameter or buffer path → its placeholder."""
     return {n.meta["gs_weight"]: n for n in gm.graph.nodes if n.op == "placeholder" and "gs_weight" in n.meta}
-
-

@@ -1,8 +1,9 @@
 """Mixture-of-experts layers as one node: our function in `transformers`' ``ExpertsInterface``.
 
-`transformers` keeps expert weights as 3D parameters and lets an implementation be chosen by name. Ours calls ``gs.moe``.
-What the layer computes between its two projections lives in ``module._apply_gate`` (Python), so it is *identified by
-running it* on random numbers and comparing with the forms that ``gs.moe`` knows; an unknown form is refused by name.
+`transformers` keeps expert weights as 3D parameters and lets an implementation be chosen by name. Ours calls
+``gs.moe``. What the layer computes between its two projections lives in ``module._apply_gate`` (Python), so it is
+*identified by running it* on random numbers and comparing with the forms that ``gs.moe`` knows; an unknown form is
+refused by name.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def graphserve_experts(
     Args:
         hidden_states: [N, H]; top_k_index: [N, K] int64; top_k_weights: [N, K].
     """
-    act, limit, alpha, refusal = module.graphserve_activation
+    description: Any = module.graphserve_activation
+    act, limit, alpha, refusal = description
     if refusal:
         raise RuntimeError(f"{MARKER}{refusal}")
     has_gate = module.has_gate
@@ -99,4 +101,3 @@ def _identify(name: str, module: Any) -> tuple[str, float, float, str]:
         if alpha is not None and torch.allclose(result, (high + 1) * low * torch.sigmoid(alpha * low), atol=1e-5):
             return "swiglu_clamp", float(limit), float(alpha), ""
     return "", 0.0, 0.0, f"{name}: unknown expert activation ({type(module).__name__}._apply_gate)"
-

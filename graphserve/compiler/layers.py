@@ -15,10 +15,13 @@ import inspect
 import re
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _INDEX_NAMES = re.compile(r"^_?layer_?(idx|id|index|number)$")
 # Uses of the layer number that cannot change the mathematics without a cache.
@@ -54,7 +57,7 @@ class LayerStack:
         return next(t for t in self.traced if self.types[t] == self.types[layer])
 
 
-def find_layers(model: nn.Module, full_depth: bool = False) -> LayerStack | None:
+def find_layers(model: PreTrainedModel, full_depth: bool = False) -> LayerStack | None:
     """The stack of decoder layers, or None when the model has no recognisable one (then it is traced whole).
 
     Args:
@@ -91,7 +94,7 @@ def _signature(layer: nn.Module, layer_type: str | None, index: int) -> Hashable
                     parts.append((key, plain))
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         parts.extend((n, tuple(t.shape), str(t.dtype)) for n, t in tensors)
-        if _forward_uses_layer_number(type(module)):
+        if _forward_uses_layer_number(type(module)):  # type: ignore[arg-type]  # mypy takes a class for unhashable
             parts.append(("layer number", index))
     return tuple(parts)
 
@@ -117,7 +120,7 @@ def _forward_uses_layer_number(cls: type[nn.Module]) -> bool:
 
 
 @contextlib.contextmanager
-def marked(model: nn.Module, stack: LayerStack) -> Iterator[None]:
+def marked(model: PreTrainedModel, stack: LayerStack) -> Iterator[None]:
     """Within the context ``model`` has only the traced layers, each between marker nodes."""
     parent_path, _, name = stack.path.rpartition(".")
     parent = model.get_submodule(parent_path)
@@ -125,7 +128,7 @@ def marked(model: nn.Module, stack: LayerStack) -> Iterator[None]:
     undo: list[Callable[[], Any]] = []
     setattr(parent, name, nn.ModuleList([layers[i] for i in stack.traced]))
     undo.append(lambda: setattr(parent, name, layers))
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for config in list(configs.values()):
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         configs[id(text)] = text

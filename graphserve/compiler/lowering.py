@@ -156,7 +156,9 @@ class Lowering:
             return results, True, target
         if isinstance(results, torch.Tensor):
             return torch.empty(results.shape, dtype=results.dtype, device="meta"), False, target
-        fresh = [torch.empty(r.shape, dtype=r.dtype, device="meta") if isinstance(r, torch.Tensor) else r for r in results]
+        fresh = [
+            torch.empty(r.shape, dtype=r.dtype, device="meta") if isinstance(r, torch.Tensor) else r for r in results
+        ]
         return fresh, False, target
 
     def _sample_argument(self, argument: Any) -> Any:

@@ -1,7 +1,7 @@
 """The ordered list of passes, and the runner that applies them: L1 → L2 → fused L2.
 
-The runner counts matches and refusals, times, compares every replaced node's shape and dtype with its replacement's under
-fake tensors, erases dead nodes, lints, and can dump the graph before and after each pass.
+The runner counts matches and refusals, times, compares every replaced node's shape and dtype with its replacement's
+under fake tensors, erases dead nodes, lints, and can dump the graph before and after each pass.
 """
 
 from __future__ import annotations

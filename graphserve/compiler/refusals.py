@@ -11,11 +11,15 @@ import inspect
 import re
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from graphserve.compiler.layers import LayerStack
 from graphserve.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Stands before a reason of our own in an exception that passes through Dynamo.
 MARKER = "graphserve-refusal: "
@@ -23,7 +27,7 @@ MARKER = "graphserve-refusal: "
 _MAX_REASON_CHARS = 240
 
 
-def refuse_before_trace(model: nn.Module, stack: LayerStack | None) -> None:
+def refuse_before_trace(model: PreTrainedModel, stack: LayerStack | None) -> None:
     """Raise for what the modules alone show.
 
     Raises:
@@ -42,8 +46,9 @@ def refuse_before_trace(model: nn.Module, stack: LayerStack | None) -> None:
             )
     if stack is None:
         return
-    for number, layer in enumerate(model.get_submodule(stack.path)):
-        if not any(_calls_attention_interface(type(module)) for module in layer.modules()):
+    for number in range(stack.depth):
+        layer = model.get_submodule(f"{stack.path}.{number}")
+        if not any(_calls_attention_interface(type(module)) for module in layer.modules()):  # type: ignore[arg-type]  # mypy takes a class for unhashable
             parts = ", ".join(dict.fromkeys(type(child).__name__ for child in layer.children()))
             raise UnsupportedModelError(
                 f"{stack.path}.{number} ({type(layer).__name__} of {parts}) calls no attention of transformers' "

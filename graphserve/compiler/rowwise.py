@@ -1,8 +1,8 @@
 """Prove that no token can influence another outside gs ops.
 
-Requests are packed into one row of tokens ``[1, T]``. That is only right if everything but attention works on each token
-by itself. This check follows the token dimension through the graph and refuses, by op and module, whatever reduces,
-shifts, sorts or gathers along it, makes values out of the token count, or writes into a buffer of the model.
+Requests are packed into one row of tokens ``[1, T]``. That is only right if everything but attention works on each
+token by itself. This check follows the token dimension through the graph and refuses, by op and module, whatever
+reduces, shifts, sorts or gathers along it, makes values out of the token count, or writes into a buffer of the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _PERMUTES = {
     aten.transpose, aten.permute, aten.unsqueeze, aten.squeeze, aten.expand, aten.t, aten.movedim, aten.alias,
     aten.detach, aten.contiguous, aten.clone, aten.repeat, aten.expand_as, aten.numpy_T, aten.mT, aten.swapaxes,
     aten.lift_fresh_copy, aten.lift_fresh, aten.view_as_complex, aten.view_as_real, aten.dropout, aten.resolve_conj,
-    aten.squeeze_, aten.unsqueeze_, aten.repeat_interleave, aten.view_as, aten.reshape_as, aten._conj, aten.real, aten.imag,
+    aten.squeeze_, aten.unsqueeze_, aten.repeat_interleave, aten.view_as, aten.reshape_as, aten._conj,
+    aten.real, aten.imag,
 }  # fmt: skip
 _ALONG_DIM = {  # op → position of its ``dim`` argument; the dimension must not be the token dimension
     aten.slice: 1, aten.select: 1, aten.split: 2, aten.split_with_sizes: 2, aten.chunk: 2, aten.unbind: 1,
@@ -35,10 +36,12 @@ _ALONG_DIM = {  # op → position of its ``dim`` argument; the dimension must no
     aten.var_mean: 1, aten.index_select: 1, aten.cumprod: 1, aten.logcumsumexp: 1, aten.roll: 2, aten.diff: 2,
 }  # fmt: skip
 _DEFAULT_DIM = {aten.split: 0, aten.split_with_sizes: 0, aten.chunk: 0, aten.unbind: 0, aten.cat: 0, aten.stack: 0,
-                aten.slice: 0, aten.topk: -1, aten.sort: -1, aten.glu: -1, aten.argsort: -1, aten.tensor_split: 0}  # fmt: skip
+                aten.slice: 0, aten.topk: -1, aten.sort: -1, aten.glu: -1, aten.argsort: -1,
+                aten.tensor_split: 0}  # fmt: skip
 _NORMS = {aten.layer_norm, aten.rms_norm, aten.native_layer_norm}
 _CREATORS = {aten.zeros, aten.ones, aten.full, aten.empty, aten.zeros_like, aten.ones_like, aten.full_like,
-             aten.empty_like, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.scalar_tensor}  # fmt: skip
+             aten.empty_like, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty,
+             aten.scalar_tensor}  # fmt: skip
 
 
 def check_rowwise(gm: fx.GraphModule) -> None:
@@ -156,7 +159,8 @@ def _is_buffer(node: fx.Node) -> bool:
 def _pointwise(target: torch._ops.OpOverload) -> bool:
     return torch.Tag.pointwise in target.tags or target.overloadpacket in (
         aten.to, aten._to_copy, aten.where, aten.type_as, aten.copy_, aten.masked_fill, aten.masked_fill_, aten.one_hot,
-        aten.softplus, aten.dropout_, aten.polar, aten.complex, aten.copy, aten.float_power, aten.relu6, aten.selu, aten.prelu,
+        aten.softplus, aten.dropout_, aten.polar, aten.complex, aten.copy, aten.float_power, aten.relu6, aten.selu,
+        aten.prelu,
     )  # fmt: skip
 
 
