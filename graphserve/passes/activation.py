@@ -59,7 +59,7 @@ def _called(node: fx.Node) -> Found | None:
 def _squared_relu(node: fx.Node) -> Found | None:
     inner = squared(node)
     if is_op(inner, aten.relu.default) or (is_gs(inner, "activation") and inner.args[1] == "relu"):
-        return inner.args[0], "relu2", (inner,)  # type: ignore[union-attr]
+        return inner.args[0], "relu2", (inner,)
     return None
 
 
@@ -105,8 +105,8 @@ def _gelu_core(f: fx.Node, x: fx.Node) -> tuple[str, tuple[fx.Node, ...]] | None
         return None
     for linear, cubic_term in pairs(inner):
         cubic = _times(cubic_term, 0.044715)
-        if linear is x and is_op(cubic, aten.pow.Tensor_Scalar) and cubic.args == (x, 3):  # type: ignore[union-attr]
-            return "gelu_tanh", (f.args[0], inner, cubic_term, cubic)  # type: ignore[return-value]
+        if linear is x and is_op(cubic, aten.pow.Tensor_Scalar) and cubic.args == (x, 3):
+            return "gelu_tanh", (f.args[0], inner, cubic_term, cubic)
     return None
 
 

@@ -58,8 +58,8 @@ def read_heads(node: fx.Node, steps: bool) -> Heads:
             norm = node
         else:
             break
-        node = node.args[0]  # type: ignore[assignment]
-    if not heads_first and is_op(node, aten.reshape.default) and rank(node.args[0]) == 3:  # type: ignore[arg-type]
+        node = node.args[0]
+    if not heads_first and is_op(node, aten.reshape.default) and rank(node.args[0]) == 3:
         merged: Any = node.args[0]
         if shape(merged)[0] == 1 and shape(merged)[-1] == heads * dim:
             return Heads(merged, heads, dim, False, norm, rope)
@@ -77,21 +77,21 @@ def find(graph: fx.Graph) -> Iterator[Match]:
 
 def _spec(node: fx.Node, shared_with: int | None) -> CacheSpec:
     _, k, v, _, _, _, window, chunk = node.args[:8]
-    kv_dtype = str(dtype(k)).removeprefix("torch.")  # type: ignore[arg-type]
-    heads, k_dim, v_dim = (int(s) for s in (shape(k)[1], shape(k)[3], shape(v)[3]))  # type: ignore[arg-type]
-    return CacheSpec(heads, k_dim, v_dim, kv_dtype, window or None, chunk or None, shared_with)  # type: ignore[arg-type]
+    kv_dtype = str(dtype(k)).removeprefix("torch.")
+    heads, k_dim, v_dim = (int(s) for s in (shape(k)[1], shape(k)[3], shape(v)[3]))
+    return CacheSpec(heads, k_dim, v_dim, kv_dtype, window or None, chunk or None, shared_with)
 
 
 def check(match: Match, ctx: PassContext) -> str | None:
     q, k, v = match.root.args[:3]
     if len(ctx.cache_layers) != match["index"]:
         return f"an earlier layer has no cache, so layer {match['index']} cannot get its own"
-    if not dtype(q) == dtype(k) == dtype(v):  # type: ignore[arg-type]
-        return f"q, k and v are {dtype(q)}, {dtype(k)} and {dtype(v)}"  # type: ignore[arg-type]
-    if shape(q)[0] != 1:  # type: ignore[arg-type]
-        return f"q has {shape(q)[0]} batch rows, not 1"  # type: ignore[arg-type]
-    if int(shape(q)[1]) % int(shape(k)[1]) or shape(k)[1] != shape(v)[1]:  # type: ignore[arg-type]
-        return f"{shape(q)[1]} query heads do not divide among {shape(k)[1]} key and {shape(v)[1]} value heads"  # type: ignore[arg-type]
+    if not dtype(q) == dtype(k) == dtype(v):
+        return f"q, k and v are {dtype(q)}, {dtype(k)} and {dtype(v)}"
+    if shape(q)[0] != 1:
+        return f"q has {shape(q)[0]} batch rows, not 1"
+    if int(shape(q)[1]) % int(shape(k)[1]) or shape(k)[1] != shape(v)[1]:
+        return f"{shape(q)[1]} query heads do not divide among {shape(k)[1]} key and {shape(v)[1]} value heads"
     if match["writer"] != match["index"]:
         source, own = ctx.cache_layers[match["writer"]], _spec(match.root, None)
         if (source.window, source.chunk) != (own.window, own.chunk):
@@ -111,9 +111,9 @@ def why_not_fused(q: Heads, k: Heads, v: Heads) -> str | None:
         if q.rope.args[1:] != k.rope.args[1:]:
             return "q and k are rotated by different tables"
         for table in q.rope.args[1:3]:
-            if not is_gs(table, "embedding") or not is_weight(table.args[1]):  # type: ignore[union-attr]
+            if not is_gs(table, "embedding") or not is_weight(table.args[1]):
                 return f"{table} is not gathered from a position table"
-            if table.args[0].meta.get("gs_input") != "positions":  # type: ignore[union-attr]
+            if table.args[0].meta.get("gs_input") != "positions":
                 return f"{table} is gathered by something other than the positions"
     if q.norm is not None and k.norm is not None and q.norm.args[2:] != k.norm.args[2:]:
         return "q and k are normed with different constants"
@@ -138,13 +138,14 @@ def replacement(match: Match, ctx: PassContext) -> dict[fx.Node, fx.Node]:
     kv_k, kv_v = ctx.cache_inputs(writer)
     block_table, slot_mapping = ctx.group_inputs(writer)
     if writer != layer:
-        queries = _rows(ctx, read_heads(q, steps=False))  # type: ignore[arg-type]
+        queries = _rows(ctx, read_heads(q, steps=False))
     else:
-        parts = [read_heads(part, steps=True) for part in (q, k, v)]  # type: ignore[arg-type]
-        if why_not_fused(*parts) is None and parts[2] == read_heads(v, steps=False):  # type: ignore[arg-type]
-            queries = _fused_write(ctx, *parts, kv_k, kv_v, slot_mapping)
+        heads_q, heads_k = (read_heads(part, steps=True) for part in (q, k))
+        heads_v = read_heads(v, steps=False)
+        if why_not_fused(heads_q, heads_k, heads_v) is None:
+            queries = _fused_write(ctx, heads_q, heads_k, heads_v, kv_k, kv_v, slot_mapping)
         else:
-            queries, keys, values = (_rows(ctx, read_heads(part, steps=False)) for part in (q, k, v))  # type: ignore[arg-type]
+            queries, keys, values = (_rows(ctx, read_heads(part, steps=False)) for part in (q, k, v))
             ctx.emit(gs.kv_write.default, keys, values, kv_k, kv_v, slot_mapping)
     starts, lens = ctx.step_input("query_start_loc"), ctx.step_input("seq_lens")
     cache = (kv_k, kv_v, block_table, starts, lens)
@@ -160,8 +161,8 @@ def _fused_write(
     cos = sin = None
     style = "half"
     if q.rope is not None:
-        cos, sin = (table.args[1] for table in q.rope.args[1:3])  # type: ignore[union-attr]
-        style = q.rope.args[3]  # type: ignore[assignment]
+        cos, sin = (table.args[1] for table in q.rope.args[1:3])
+        style = q.rope.args[3]
     q_norm = q.norm.args[1] if q.norm is not None else None
     k_norm = k.norm.args[1] if k.norm is not None else None
     constants = q.norm.args[2:] if q.norm is not None else (0.0, 0.0, False)

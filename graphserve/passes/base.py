@@ -1,7 +1,7 @@
 """What a pass is: a pattern, a check that gives the reason of a refusal, and a replacement.
 
-A pass holds no state. ``pattern`` looks at one node and answers with a :class:`Match` or None; a pass whose pattern is a
-property of the whole graph gives ``find`` instead. ``check`` answers None when the rewrite is legal and one sentence
+A pass holds no state. ``pattern`` looks at one node and answers with a :class:`Match` or None; a pass whose pattern is
+a property of the whole graph gives ``find`` instead. ``check`` answers None when the rewrite is legal and one sentence
 otherwise. ``replacement`` inserts new nodes through the context and answers which old node each of them replaces; the
 runner (``compiler/pipeline.py``) swaps the users, compares shapes, erases what is dead, counts and times.
 """

@@ -91,7 +91,7 @@ class PassContext:
 
     def fake_result(self, node: fx.Node) -> Any:
         """The value a call has on its arguments' fake values; adds no guard on T."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         assert callable(node.target) and self.fake_mode.shape_env is not None
         with self.fake_mode, self.fake_mode.shape_env.suppress_guards(), torch.no_grad():
             return node.target(*args, **kwargs)
@@ -130,7 +130,8 @@ class PassContext:
         cache_dtype = getattr(torch, spec.dtype)
         blocks, block = self._size("num_blocks"), self._size("block_size")
         keys, values = (self.empty((blocks, spec.kv_heads, block, d), cache_dtype) for d in (spec.k_dim, spec.v_dim))
-        return self.placeholder(f"kv_k.{layer}", "gs_input", keys), self.placeholder(f"kv_v.{layer}", "gs_input", values)
+        kv_k = self.placeholder(f"kv_k.{layer}", "gs_input", keys)
+        return kv_k, self.placeholder(f"kv_v.{layer}", "gs_input", values)
 
     def group_inputs(self, layer: int) -> tuple[fx.Node, fx.Node]:
         """``block_table.G`` [S, B] int32 and ``slot_mapping.G`` [T] int64 of the layer's cache group."""

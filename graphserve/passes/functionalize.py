@@ -18,7 +18,7 @@ from torch import fx
 
 from graphserve.passes.base import Match, Pass
 from graphserve.passes.context import PassContext
-from graphserve.passes.match import aten, getitem_of, is_op, same_shape, shape, slice_of
+from graphserve.passes.match import arg, aten, getitem_of, is_op, rank, same_shape, shape, slice_of
 
 _ALLOCATIONS = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default)
 _VIEWING_LISTS = (
@@ -114,10 +114,13 @@ def replacement(match: Match, ctx: PassContext) -> dict[fx.Node, fx.Node]:
         parts, axis = [], 0
         for write in match["writes"]:
             view, source = write.args[:2]
-            axis = slice_of(view)[1]  # type: ignore[index]
+            axis = arg(view, 1, "dim", 0) % rank(view)
             if not same_shape(shape(source), shape(view)):
-                source = ctx.emit(aten.expand.default, source, [-1 if s == t else t for s, t in
-                                                                zip(shape(source), shape(view), strict=True)])
+                source = ctx.emit(
+                    aten.expand.default,
+                    source,
+                    [-1 if s == t else t for s, t in zip(shape(source), shape(view), strict=True)],
+                )
             parts.append(source)
         new = ctx.emit(aten.cat.default, parts, axis)
         for write in match["writes"]:

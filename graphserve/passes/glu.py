@@ -2,8 +2,8 @@
 
     gs.activation(gate, act) * up   or   sigmoid(gate) * up     →  gs.act_mul(gate, up, act)
 
-``gate`` and ``up`` may be column slices of one merged product. Legal when both have one shape and dtype and nothing else
-uses the activated gate. Exact: the op rounds after the activation as the model does.
+``gate`` and ``up`` may be column slices of one merged product. Legal when both have one shape and dtype and nothing
+else uses the activated gate. Exact: the op rounds after the activation as the model does.
 """
 
 from __future__ import annotations

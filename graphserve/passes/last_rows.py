@@ -16,7 +16,7 @@ from torch import fx
 
 from graphserve.passes.base import Match, Pass
 from graphserve.passes.context import PassContext
-from graphserve.passes.match import aten, is_cast, is_gs, is_op, is_tensor, rank, shape, slice_of, token_axis
+from graphserve.passes.match import arg, aten, is_cast, is_gs, is_op, is_tensor, rank, shape, token_axis
 
 _ROW_OPS = ("linear", "rms_norm", "layer_norm", "activation")
 _ELEMENTWISE = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
@@ -26,7 +26,7 @@ def row_wise_input(node: fx.Node) -> fx.Node | None:
     """The one argument [1, T, ...] of an op that treats each row alone, when its other arguments hold no rows."""
     if is_gs(node, *_ROW_OPS) or is_cast(node) or is_op(node, aten.tanh.default):
         x: Any = node.args[0]
-    elif is_op(node, aten.slice.Tensor) and slice_of(node)[1] > 1:  # type: ignore[index]
+    elif is_op(node, aten.slice.Tensor) and arg(node, 1, "dim", 0) > 1:
         x = node.args[0]
     elif is_op(node, *_ELEMENTWISE):
         with_rows = [a for a in node.args[:2] if is_tensor(a) and (rank(a) > 1 or token_axis(a) is not None)]

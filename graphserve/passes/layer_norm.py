@@ -1,9 +1,9 @@
 """LayerNorm becomes one op.
 
-    aten.layer_norm(x, [D], weight, bias, eps)                                     →  gs.layer_norm(x, weight, bias, eps)
-    to(aten.layer_norm(to(x, fp32), [D], w, b, eps), x.dtype)                      →  gs.layer_norm(x, w, b, eps)
+    aten.layer_norm(x, [D], w, b, eps)                          →  gs.layer_norm(x, w, b, eps)
+    to(aten.layer_norm(to(x, fp32), [D], w, b, eps), x.dtype)   →  gs.layer_norm(x, w, b, eps)
     x32 = to(x, fp32); d = x32 - mean(x32, -1); n = d * rsqrt(mean(d², -1) + eps)
-    to(to(weight, fp32) * n, x.dtype)                                              →  gs.layer_norm(x, weight, None, eps)
+    to(to(w, fp32) * n, x.dtype)                                →  gs.layer_norm(x, w, None, eps)
 
 Legal when the norm runs over the last dimension only and, if decomposed, in fp32. Approximate: sums may be taken in
 another order.
@@ -48,7 +48,7 @@ def pattern(node: fx.Node) -> Match | None:
     if mean_last(mean) is not x32:
         return None
     nodes = (x32, mean, centred, square, found[0], variance, node, n)
-    return Match(n, nodes, {"call": False, "x32": x32, "n": n, "eps": float(found[1])})  # type: ignore[arg-type]
+    return Match(n, nodes, {"call": False, "x32": x32, "n": n, "eps": float(found[1])})
 
 
 def check(match: Match, ctx: PassContext) -> str | None:

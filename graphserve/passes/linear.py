@@ -5,8 +5,8 @@
     aten.mm(x, transpose(w [out, in], 0, 1)), matmul likewise        →  gs.linear(x, w)
     aten.add(gs.linear(x, w, None), b [out])                         →  gs.linear(x, w, b)
 
-A weight stored [in, out] becomes a new weight that the loader transposes once. Legal when x and w have one dtype and w is
-two-dimensional. Exact up to the order of the sum inside one dot product.
+A weight stored [in, out] becomes a new weight that the loader transposes once. Legal when x and w have one dtype and w
+is two-dimensional. Exact up to the order of the sum inside one dot product.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -20,12 +20,12 @@ SLICE_END = 2**63 - 1
 Number = int | float
 
 
-def is_op(node: Any, *overloads: Any) -> bool:
+def is_op(node: Any, *overloads: Any) -> TypeGuard[fx.Node]:
     """Whether ``node`` calls one of ``overloads`` (``torch.ops`` overloads or functions)."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in overloads
 
 
-def is_gs(node: Any, *names: str) -> bool:
+def is_gs(node: Any, *names: str) -> TypeGuard[fx.Node]:
     """Whether ``node`` calls ``torch.ops.gs.<name>``, by name, so that patterns need no registered op."""
     if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
         return False
@@ -50,7 +50,7 @@ def value(node: fx.Node) -> torch.Tensor:
     return val
 
 
-def is_tensor(node: Any) -> bool:
+def is_tensor(node: Any) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
@@ -104,7 +104,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def is_cast(node: Any) -> bool:
+def is_cast(node: Any) -> TypeGuard[fx.Node]:
     return is_op(node, aten.to.dtype)
 
 
@@ -115,7 +115,7 @@ def strip_cast(node: Any) -> Any:
     return node
 
 
-def is_weight(node: Any) -> bool:
+def is_weight(node: Any) -> TypeGuard[fx.Node]:
     """Whether a node is a parameter or buffer of the model."""
     return isinstance(node, fx.Node) and node.op == "placeholder" and "gs_weight" in node.meta
 
@@ -125,16 +125,16 @@ def weight_name(node: fx.Node) -> str:
     return name
 
 
-def is_mul(node: Any) -> bool:
+def is_mul(node: Any) -> TypeGuard[fx.Node]:
     return is_op(node, aten.mul.Tensor)
 
 
-def is_add(node: Any) -> bool:
+def is_add(node: Any) -> TypeGuard[fx.Node]:
     """A plain sum; ``alpha`` other than 1 is no plain sum."""
     return is_op(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1
 
 
-def is_sub(node: Any) -> bool:
+def is_sub(node: Any) -> TypeGuard[fx.Node]:
     return is_op(node, aten.sub.Tensor) and node.kwargs.get("alpha", 1) == 1
 
 

@@ -3,9 +3,9 @@
     q = gs.linear(x, Wq, bq); k = gs.linear(x, Wk, bk); v = gs.linear(x, Wv, bv)
         →  m = gs.linear(x, [Wq; Wk; Wv], [bq; bk; bv]); q = m[..., :Nq]; k = m[..., Nq:Nq+Nk]; v = m[..., Nq+Nk:]
 
-The merged weight is made by the loader, never by copying at run time. Two to five linears are merged; those with bias and
-those without go separately, so that no zeros are stored and added. Legal when each weight is a parameter used once, of
-the same dtype. Exact: each output column is the same dot product.
+The merged weight is made by the loader, never by copying at run time. Two to five linears are merged; those with bias
+and those without go separately, so that no zeros are stored and added. Legal when each weight is a parameter used once,
+of the same dtype. Exact: each output column is the same dot product.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ from torch import fx
 
 from graphserve.passes.base import Match, Pass
 from graphserve.passes.context import PassContext
-from graphserve.passes.match import aten, dtype, is_gs, is_static, is_tensor, is_weight, only_user, rank, shape, weight_name
+from graphserve.passes.match import (
+    aten,
+    dtype,
+    is_gs,
+    is_static,
+    is_tensor,
+    is_weight,
+    only_user,
+    rank,
+    shape,
+    weight_name,
+)
 
 MAX_SIBLINGS = 5
 # Slices of the merged result must start on 16-byte boundaries for vector loads, in any dtype of 2 bytes or more.
@@ -30,9 +41,7 @@ def pattern(node: fx.Node) -> Match | None:
         return None
     x, has_bias = node.args[0], node.args[2] is not None
     assert isinstance(x, fx.Node)
-    siblings = [
-        u for u in x.users if is_gs(u, "linear") and u.args[0] is x and (u.args[2] is not None) == has_bias
-    ]
+    siblings = [u for u in x.users if is_gs(u, "linear") and u.args[0] is x and (u.args[2] is not None) == has_bias]
     siblings.sort()
     if len(siblings) < 2 or siblings[-1] is not node:
         return None
@@ -62,7 +71,7 @@ def check(match: Match, ctx: PassContext) -> str | None:
                 return f"{weight_name(weight)} is itself made from other parameters"
     if len(match.nodes) > MAX_SIBLINGS:
         return f"{len(match.nodes)} linears read one input, more than {MAX_SIBLINGS}"
-    if len({dtype(linear.args[1]) for linear in match.nodes}) > 1:  # type: ignore[arg-type]
+    if len({dtype(linear.args[1]) for linear in match.nodes}) > 1:
         return "the weights have different dtypes"
     return None
 
@@ -70,9 +79,9 @@ def check(match: Match, ctx: PassContext) -> str | None:
 def replacement(match: Match, ctx: PassContext) -> dict[fx.Node, fx.Node]:
     linears = match.nodes
     x = linears[0].args[0]
-    weight = _concat(ctx, [linear.args[1] for linear in linears])  # type: ignore[misc]
+    weight = _concat(ctx, [linear.args[1] for linear in linears])
     biases = [linear.args[2] for linear in linears]
-    bias = _concat(ctx, biases) if is_tensor(biases[0]) else None  # type: ignore[arg-type]
+    bias = _concat(ctx, biases) if is_tensor(biases[0]) else None
     replaced, start = {}, 0
     with ctx.graph.inserting_before(linears[0]):
         merged = ctx.emit(torch.ops.gs.linear.default, x, weight, bias)

@@ -28,7 +28,6 @@ from graphserve.passes.match import (
     reshape_arg,
     same_shape,
     shape,
-    slice_of,
     tensor_list,
     value,
 )
@@ -77,9 +76,7 @@ def unchanged_input(node: fx.Node) -> fx.Node | None:
         return _uncast(node, x)
     if not same_shape(shape(x), shape(node)) or dtype(x) != dtype(node):
         return None
-    if is_op(node, *_SAME_IF_SHAPE):
-        return x if not (is_op(node, aten.slice.Tensor) and slice_of(node)[4] != 1) else None  # type: ignore[index]
-    return x if _is_neutral(node) else None
+    return x if is_op(node, *_SAME_IF_SHAPE) or _is_neutral(node) else None
 
 
 def _uncast(node: fx.Node, x: fx.Node) -> fx.Node | None:
@@ -106,9 +103,8 @@ def pattern(node: fx.Node) -> Match | None:
         sizes, source = reshape_arg(shape(node)), node.args[0].args[0]
         if sizes is not None:
             return Match(node, (node,), {"source": source, "sizes": sizes})
-    if is_op(node, aten.transpose.int) and is_op(node.args[0], aten.transpose.int):
-        if node.args[0].args[1:3] == node.args[1:3]:
-            return Match(node, (node,), {"by": node.args[0].args[0]})
+    if is_op(node, aten.transpose.int) and is_op(inner := node.args[0], aten.transpose.int):
+        return Match(node, (node,), {"by": inner.args[0]}) if inner.args[1:3] == node.args[1:3] else None
     return None
 
 

@@ -4,8 +4,8 @@
         →  gs.embedding(positions, table.N),   table.N [max_model_len, C] = the subgraph at positions 0..max_model_len-1
 
 The subgraph goes to ``ctx.init_graphs["table.N"]`` and runs once at load. Legal when each op of it is elementwise along
-the tokens: then row p of the table is what any token at position p would compute. Exact. Whatever reduces over the tokens
-(dynamic rope takes their maximum) or reads the sequence is outside and ends the subgraph.
+the tokens: then row p of the table is what any token at position p would compute. Exact. Whatever reduces over the
+tokens (dynamic rope takes their maximum) or reads the sequence is outside and ends the subgraph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _ELEMENTWISE = {
     for name, overload in (
         *((n, "Tensor") for n in ("mul", "add", "sub", "div", "rsub", "remainder")),
         *((n, "default") for n in ("cos", "sin", "neg", "exp", "log", "log1p", "floor", "polar", "reciprocal", "abs")),
-        *((n, "default") for n in ("ones_like", "zeros_like", "view_as_real", "real", "imag", "complex", "sqrt", "rsqrt")),
+        *((n, "default") for n in ("ones_like", "zeros_like", "view_as_real", "real", "imag", "complex")),
+        *((n, "default") for n in ("sqrt", "rsqrt")),
         ("to", "dtype"),
         ("pow", "Tensor_Scalar"),
         ("pow", "Scalar"),
@@ -52,7 +53,7 @@ def tokens_apart(node: fx.Node) -> bool:
     if node.target in _ELEMENTWISE or is_op(node, *_MOVES):
         return True
     if node.target in _ALONG:
-        index, name, default = _ALONG[node.target]  # type: ignore[index]
+        index, name, default = _ALONG[node.target]
         dim = arg(node, index, name, default)
         x: Any = node.args[0]
         x = x[0] if isinstance(x, (list, tuple)) else x
@@ -61,7 +62,7 @@ def tokens_apart(node: fx.Node) -> bool:
         return True
     if is_op(node, *_PRODUCTS):
         a, b = node.args[:2]
-        return isinstance(shape(a)[-1], int) and isinstance(shape(b)[-2], int)  # type: ignore[arg-type]
+        return isinstance(shape(a)[-1], int) and isinstance(shape(b)[-2], int)
     return False
 
 

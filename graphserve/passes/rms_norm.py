@@ -119,10 +119,8 @@ def pattern(node: fx.Node) -> Match | None:
     if x32 is None or n.args[0 if n.args[0] is not node else 1] is not x32:
         return None
     nodes = tuple(dict.fromkeys((x32, square, mean, variance, node, n)))
-    if any(len(inner.users) != 1 for inner in (square, mean, variance)):
-        return None
     captures: dict[str, Any] = {"x32": x32, "n": n, "eps": float(eps), "call": False}
-    return Match(n, nodes, captures)  # type: ignore[arg-type]
+    return Match(n, nodes, captures)
 
 
 def _eps_of(node: fx.Node) -> float:

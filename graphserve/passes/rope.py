@@ -6,7 +6,7 @@
     a, b = x[..., ::2], x[..., 1::2]: cat([...])                                →  "interleaved_to_half"
     a, b = x[..., ::2], x[..., 1::2]: stack([...], -1).flatten                  →  "interleaved"
     view_as_real(view_as_complex(x.reshape(..., -1, 2)) * freqs).flatten        →  "interleaved"
-    cat([gs.rope(x[..., :r], cos, sin), x[..., r:]])                            →  gs.rope(x, cos, sin)   (partial rotary)
+    cat([gs.rope(x[..., :r], cos, sin), x[..., r:]])                            →  gs.rope(x, cos, sin)   (partial)
 
 ``x`` is [1, H, T, D] or [1, T, H, D]. The op's tables [1, T, C] hold one value a column of the result, so half-width
 tables are doubled here (once for all layers, see ``position_tables.py``), and a table that met a widened x is widened.
@@ -67,7 +67,7 @@ def _halves(a: Any, b: Any) -> tuple[fx.Node, str] | None:
 def _two_parts(node: Any) -> tuple[Any, Any, str] | None:
     """``(p, q, layout)`` of ``cat([p, q], -1)`` (``half``) or ``stack([p, q], -1).flatten(-2)`` (``interleaved``)."""
     if is_op(node, aten.cat.default) and is_last_dim(node, 1, "dim", rank(node)) and len(node.args[0]) == 2:
-        return *tensor_list(node), "half"  # type: ignore[return-value]
+        return *tensor_list(node), "half"
     stack = node.args[0] if is_op(node, aten.reshape.default) else None
     if is_op(stack, aten.stack.default) and is_last_dim(stack, 1, "dim", rank(stack)) and len(stack.args[0]) == 2:
         p, q = tensor_list(stack)
@@ -123,10 +123,10 @@ def _rotation_parts(node: fx.Node) -> dict[str, Any] | None:
 def _rotation_complex(node: fx.Node) -> dict[str, Any] | None:
     """``reshape(view_as_real(view_as_complex(reshape(x, [..., C/2, 2])) * freqs))``."""
     real = node.args[0] if is_op(node, aten.reshape.default) else None
-    product = real.args[0] if is_op(real, aten.view_as_real.default) else None  # type: ignore[union-attr]
+    product = real.args[0] if is_op(real, aten.view_as_real.default) else None
     if not is_mul(product):
         return None
-    for turned, freqs in pairs(product):  # type: ignore[arg-type]
+    for turned, freqs in pairs(product):
         paired = turned.args[0] if is_op(turned, aten.view_as_complex.default) else None
         if not is_op(paired, aten.reshape.default) or not is_tensor(freqs) or not dtype(freqs).is_complex:
             continue
@@ -210,7 +210,7 @@ def _table(ctx: PassContext, table: fx.Node, x: fx.Node) -> fx.Node:
     assert heads is not None
     if rank(table) == 4:
         if is_op(table, aten.unsqueeze.default) and table.args[1] == heads:
-            return table.args[0]  # type: ignore[return-value]
+            return table.args[0]
         return ctx.emit(aten.squeeze.dim, table, heads)
     return table if rank(table) == 3 else ctx.emit(aten.unsqueeze.default, table, 0)
 

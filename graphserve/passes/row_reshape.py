@@ -15,7 +15,18 @@ from torch import fx
 
 from graphserve.passes.base import Match, Pass
 from graphserve.passes.context import PassContext
-from graphserve.passes.match import aten, is_cast, is_gs, is_op, is_tensor, rank, reshape_arg, same_shape, same_size, shape
+from graphserve.passes.match import (
+    aten,
+    is_cast,
+    is_gs,
+    is_op,
+    is_tensor,
+    rank,
+    reshape_arg,
+    same_shape,
+    same_size,
+    shape,
+)
 
 _ONE_INPUT = ("linear", "rms_norm", "layer_norm", "activation")
 
@@ -38,11 +49,11 @@ def pattern(node: fx.Node) -> Match | None:
     else:
         return None
     sources = [_unflattened(row) for row in rows]
-    if any(x is None for x in sources) or any(not same_shape(shape(x), shape(sources[0])) for x in sources):  # type: ignore[arg-type]
+    if any(x is None for x in sources) or any(not same_shape(shape(x), shape(sources[0])) for x in sources):
         return None
-    if not same_size(shape(node)[0], shape(rows[0])[0]):  # type: ignore[arg-type]
+    if not same_size(shape(node)[0], shape(rows[0])[0]):
         return None
-    return Match(node, (*rows, node), {"sources": sources})  # type: ignore[arg-type]
+    return Match(node, (*rows, node), {"sources": sources})
 
 
 def replacement(match: Match, ctx: PassContext) -> dict[fx.Node, fx.Node]:

@@ -36,12 +36,15 @@ def find(graph: fx.Graph) -> Iterator[Match]:
         inputs = node.all_input_nodes
         if is_weight(node):
             constant[node] = False
-        elif node.op == "call_function" and inputs and all(i in constant for i in inputs) and not node.is_impure():
-            if is_tensor(node) and static_shape(node):
-                constant[node] = not is_op(node, *_VIEWS) or any(constant[i] for i in inputs)
+        elif _is_call(node) and inputs and all(i in constant for i in inputs):
+            constant[node] = not is_op(node, *_VIEWS) or any(constant[i] for i in inputs)
     for node in list(constant):
         if constant[node] and any(user not in constant for user in node.users):
             yield Match(node, _sources(node))
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_function" and not node.is_impure() and is_tensor(node) and static_shape(node)
 
 
 def _sources(node: fx.Node) -> tuple[fx.Node, ...]:

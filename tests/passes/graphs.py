@@ -29,9 +29,11 @@ register_interfaces()
 
 
 def graph_of(
-    function: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], weights: dict[str, torch.Tensor] | None = None
+    function: Callable[..., torch.Tensor],
+    inputs: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> fx.GraphModule:
-    """``function(*inputs, *weights)`` traced the way a model is: ATen before dispatch, sizes equal to TOKENS symbolic."""
+    """``function(*inputs, *weights)`` traced as a model is: ATen before dispatch, sizes equal to TOKENS symbolic."""
     weights = weights or {}
     mode = FakeTensorMode(shape_env=ShapeEnv())
     fakes = []

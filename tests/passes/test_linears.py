@@ -106,7 +106,9 @@ def test_a_reshape_to_rows_moves_behind_row_wise_ops_and_vanishes() -> None:
 
 def test_row_reshape_leaves_ops_across_rows_alone() -> None:
     ignores(ROW_RESHAPE, lambda x: torch.softmax(x.reshape(-1, K), 0), _x())
-    ignores(ROW_RESHAPE, lambda x, w: F.linear(x.transpose(1, 2).reshape(K, -1).t(), w), _x(), _w("w"), before=(LINEAR,))
+    ignores(
+        ROW_RESHAPE, lambda x, w: F.linear(x.transpose(1, 2).reshape(K, -1).t(), w), _x(), _w("w"), before=(LINEAR,)
+    )
 
 
 def test_embeddings_become_gs_embedding() -> None:

@@ -26,6 +26,10 @@ def _n(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
 
 
+def _v(square: Tensor) -> Tensor:
+    return square.mean(-1, keepdim=True) + 1e-5
+
+
 RMS_FORMS = {
     "llama": lambda x, w: w * _n(x.float()).to(x.dtype),
     "llama, weight right": lambda x, w: _n(x.float()).to(x.dtype) * w,
@@ -33,11 +37,11 @@ RMS_FORMS = {
     "gpt-oss": lambda x, w: (w * _n(x.float())).to(x.dtype),
     "offset in the model's dtype": lambda x, w: (w + 1) * _n(x.float()).to(x.dtype),
     "no weight": lambda x, w: _n(x.float()).to(x.dtype) + w,
-    "product with itself": lambda x, w: w * (x.float() * torch.rsqrt((x.float() * x.float()).mean(-1, True) + 1e-5)).to(x.dtype),
-    "square": lambda x, w: w * (x.float() * torch.rsqrt(x.float().square().mean(-1, True) + 1e-5)).to(x.dtype),
-    "root below": lambda x, w: w * (x.float() / torch.sqrt(x.float().pow(2).mean(-1, True) + 1e-5)).to(x.dtype),
-    "one over root": lambda x, w: w * (x.float() * (1 / torch.sqrt(x.float().pow(2).mean(-1, True) + 1e-5))).to(x.dtype),
-    "power -0.5": lambda x, w: w * (x.float() * (x.float().pow(2).mean(-1, True) + 1e-5).pow(-0.5)).to(x.dtype),
+    "product with itself": lambda x, w: w * (x.float() * torch.rsqrt(_v(x.float() * x.float()))).to(x.dtype),
+    "square": lambda x, w: w * (x.float() * torch.rsqrt(_v(x.float().square()))).to(x.dtype),
+    "root below": lambda x, w: w * (x.float() / torch.sqrt(_v(x.float().pow(2)))).to(x.dtype),
+    "one over root": lambda x, w: w * (x.float() * (1 / torch.sqrt(_v(x.float().pow(2))))).to(x.dtype),
+    "power -0.5": lambda x, w: w * (x.float() * _v(x.float().pow(2)).pow(-0.5)).to(x.dtype),
 }
 
 

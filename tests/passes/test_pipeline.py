@@ -74,7 +74,10 @@ def test_reports_are_json_and_name_layers_and_modules() -> None:
     reports = run_pipeline(gm, PassContext(gm, 64))
     assert msgspec.json.decode(msgspec.json.encode(reports), type=list[PassReport]) == reports
     merged = next(r for r in reports if r.name == "merge_linears")
-    assert [site.module for site in merged.sites[:2]] == ["model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj"]
+    assert [site.module for site in merged.sites[:2]] == [
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.0.mlp.up_proj",
+    ]
     assert all(r.seconds >= 0 for r in reports) and [r.name for r in reports] == [p.name for p in PIPELINE]
 
 
