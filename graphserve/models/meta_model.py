@@ -54,11 +54,16 @@ def build_meta_model(
                 experts_implementation=experts_implementation,
                 trust_remote_code=False,
             )
-    except (ValueError, ImportError, NotImplementedError, KeyError) as error:  # KeyError: a table of its own classes
-        raise UnsupportedModelError(
-            f"{config.model_type}: transformers cannot build it with attn_implementation={attn_implementation!r}, "
-            f"experts_implementation={experts_implementation!r}: {error!r}"
-        ) from error
+    except (ValueError, ImportError, NotImplementedError, AttributeError, TypeError, KeyError) as error:
+        if error.args == (attn_implementation,):
+            # Classes that pick their attention from a table of their own, which holds no registered name.
+            reason = "its attention does not go through transformers' AttentionInterface"
+        else:
+            reason = (
+                f"transformers cannot build it with attn_implementation={attn_implementation!r}, "
+                f"experts_implementation={experts_implementation!r}: {error!r}"
+            )
+        raise UnsupportedModelError(f"{config.model_type}: {reason}") from error
     _keep_float32(model, dtype)
     model.eval().requires_grad_(False)
     logger.debug("built %s on meta in %.2f s", type(model).__name__, time.perf_counter() - start)

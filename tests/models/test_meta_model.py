@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import AttentionInterface
 
 from graphserve.errors import UnsupportedModelError
 from graphserve.models.meta_model import build_meta_model, non_persistent_buffers
@@ -92,6 +93,13 @@ def test_parameters_that_the_class_insists_on_are_float32() -> None:
 def test_an_unknown_attention_implementation_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="attn_implementation='no_such_attention'"):
         build_meta_model(tiny_config("llama"), torch.float32, "no_such_attention", "eager")
+
+
+@pytest.mark.parametrize("name", ["gptj", "falcon", "gpt_neo"])
+def test_attention_outside_the_interface_is_refused_by_name(name: str) -> None:
+    AttentionInterface.register("test_attention", lambda *args, **kwargs: None)
+    with pytest.raises(UnsupportedModelError, match=f"{name}: its attention does not go through"):
+        build_meta_model(tiny_config(name), torch.float32, "test_attention", "eager")
 
 
 def test_the_size_of_a_published_model_costs_no_memory() -> None:
