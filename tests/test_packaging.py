@@ -63,6 +63,16 @@ def test_every_readme_link_leads_to_a_file(repository: Path) -> None:
             assert (page.parent / target).exists(), f"{name} links to {target}"
 
 
+def test_the_line_counts_of_the_reading_order_are_close_to_the_truth(repository: Path) -> None:
+    rows = re.findall(
+        r"^\| \[`([^`]+\.py)`\]\([^)]+\) \| (\d+) \|", (repository / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 8
+    for name, lines in rows:
+        found = len((repository / name).read_text().splitlines())
+        assert abs(found - int(lines)) <= 0.25 * found, f"{name} has {found} lines, the README says {lines}"
+
+
 def test_the_changelog_names_the_version(repository: Path) -> None:
     newest = re.search(r"^## \[([^\]]+)\]", (repository / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert newest and newest[1] == graphserve.__version__

@@ -41,7 +41,7 @@ from graphserve.demo.corpus import (
 logger = logging.getLogger(__name__)
 
 MAX_POSITIONS = 1024
-TOKENS_PER_STEP = 4096
+TOKENS_PER_STEP = 2048
 HELD_OUT_STORIES = 25
 IGNORED = -100  # the target that cross_entropy leaves out
 
@@ -253,10 +253,10 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="JSON list of stories")
     parser.add_argument("--output", type=Path, default=demo_path(), help="folder to write (default: the demo folder)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1050, help="optimizer steps of 4096 tokens")
-    parser.add_argument("--warmup", type=int, default=50, help="steps in which the learning rate rises")
-    parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate")
-    parser.add_argument("--save-every", type=int, default=100, help="steps between two saved checkpoints")
+    parser.add_argument("--steps", type=int, default=900, help="optimizer steps of 2048 tokens")
+    parser.add_argument("--warmup", type=int, default=60, help="steps in which the learning rate rises")
+    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--save-every", type=int, default=150, help="steps between two saved checkpoints")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
