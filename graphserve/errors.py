@@ -17,6 +17,7 @@ what it caught and keeps one failure from spreading:
     engine/process.py         the engine process main loop: reports the traceback to its parent and exits
     async_llm.py              the engine thread's loop: every waiting caller gets EngineDeadError with the cause
     server/app.py             one HTTP request: answers 500 in OpenAI's error shape
+    cli/main.py               one command: becomes an error line, a hint and an exit status
     compiler/pipeline.py      one pass: re-raised as CompileError that names the pass
     compiler/capture.py       the torch.compile call: re-raised as UnsupportedModelError with the reason
 """

@@ -6,9 +6,9 @@ Library code opens a phase and advances it; it never writes anywhere itself:
         for tensor in tensors:
             work.advance(tensor.nbytes)
 
-Every change becomes a :class:`PhaseEvent` for the one installed sink. Without a sink the events are dropped. The command
-line installs a :class:`StreamSink` (a bar on a terminal, timed lines elsewhere); the engine process installs a sink that
-sends the events to its parent, which replays them into its own.
+Every change becomes a :class:`PhaseEvent` for the one installed sink. Without a sink the events are dropped. The
+command line installs a :class:`StreamSink` (a bar on a terminal, timed lines elsewhere); the engine process installs
+a sink that sends the events to its parent, which replays them into its own.
 """
 
 from __future__ import annotations

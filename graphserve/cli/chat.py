@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from graphserve.cli.engine_options import add_local_options, add_model_argument, engine_config, sampling_params
+from graphserve.cli.engine_options import (
+    add_local_options,
+    add_model_argument,
+    engine_config,
+    fetch_model,
+    sampling_params,
+)
 from graphserve.errors import RequestError
 
 if TYPE_CHECKING:
@@ -33,6 +40,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Read messages and answer them until the input ends."""
     config = engine_config(options)
+    fetch_model(config)
     from graphserve.cli.local_engine import LocalEngine
 
     with LocalEngine(config) as engine:
@@ -107,7 +115,5 @@ def _read_line() -> str | None:
 
 
 def _enable_line_editing() -> None:
-    try:
+    with contextlib.suppress(ImportError):  # not built into every Python; input() works without it
         import readline  # noqa: F401  (importing it gives input() history and editing)
-    except ImportError:
-        pass  # not built into every Python; input() works without it

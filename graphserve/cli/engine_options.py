@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from graphserve import progress
 from graphserve.cli.struct_options import add_struct_options, given_options
 from graphserve.config import EngineConfig
 from graphserve.sampling_params import SamplingParams
@@ -60,6 +61,23 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
     values = given_options(options, EngineConfig)
     values["model"] = options.model
     return EngineConfig.from_kwargs(**values)
+
+
+def fetch_model(config: EngineConfig) -> None:
+    """Find the model, downloading it if need be, before anything slow is imported or started.
+
+    Raises:
+        ConfigError: there is no such model; says what was tried.
+    """
+    from graphserve.models.hub import resolve_model
+
+    previous = progress.set_sink(progress.StreamSink())
+    try:
+        resolve_model(
+            config.model, config.revision, config.download_dir, config.hf_token, progress=progress.byte_reporter()
+        )
+    finally:
+        progress.set_sink(previous)
 
 
 def sampling_params(options: argparse.Namespace, defaults: dict[str, Any], **fixed: Any) -> SamplingParams:

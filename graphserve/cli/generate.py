@@ -7,7 +7,13 @@ import sys
 import time
 from typing import Any
 
-from graphserve.cli.engine_options import add_local_options, add_model_argument, engine_config, sampling_params
+from graphserve.cli.engine_options import (
+    add_local_options,
+    add_model_argument,
+    engine_config,
+    fetch_model,
+    sampling_params,
+)
 from graphserve.errors import RequestError
 
 
@@ -33,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the completion of each prompt, several separated by an empty line."""
     prompts = _prompts(options)
     config = engine_config(options)
+    fetch_model(config)
     from graphserve.cli.local_engine import LocalEngine
 
     with LocalEngine(config) as engine:
@@ -52,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
             num_tokens = sum(count for _, count in answers)
             sys.stdout.write("\n\n".join(text for text, _ in answers) + "\n")
         seconds = time.monotonic() - begin
-    sys.stderr.write(f"generated {num_tokens} tokens in {seconds:.2f} s ({num_tokens / max(seconds, 1e-9):.1f} tok/s)\n")
+    rate = num_tokens / max(seconds, 1e-9)
+    sys.stderr.write(f"generated {num_tokens} tokens in {seconds:.2f} s ({rate:.1f} tokens/s)\n")
     return 0
 
 

@@ -82,9 +82,7 @@ class LocalEngine:
                 if output.error is not None:
                     raise GraphserveError(f"the engine failed on a prompt: {output.error}")
                 finished[output.request_id] = output.outputs
-        return [
-            (completion.text, len(completion.token_ids)) for name in request_ids for completion in finished[name]
-        ]
+        return [(completion.text, len(completion.token_ids)) for name in request_ids for completion in finished[name]]
 
     @property
     def _tokenizer(self) -> Tokenizer:

@@ -1,7 +1,7 @@
 """The ``graphserve`` command: picks the command, turns errors into one line and an exit status.
 
-Exit status: 0 success, 1 failure, 2 wrong use, 130 ended by Ctrl-C. stdout carries answers only; everything else goes to
-stderr. Nothing here imports torch, so that ``--version`` and ``--help`` answer at once.
+Exit status: 0 success, 1 failure, 2 wrong use, 130 ended by Ctrl-C. stdout carries answers only; everything else goes
+to stderr. Nothing here imports torch, so that ``--version`` and ``--help`` answer at once.
 """
 
 from __future__ import annotations

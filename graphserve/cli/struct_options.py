@@ -1,8 +1,8 @@
 """Command-line flags made from the fields of a msgspec struct: one source for names, types, defaults and help.
 
-``max_num_seqs: int = 64`` becomes ``--max-num-seqs N``; a bool becomes ``--flag`` and ``--no-flag``; a ``Literal`` becomes
-a choice; a list repeats its flag; a dict takes JSON. Help texts are the struct's ``Attributes:`` section. A flag that is
-not given leaves no trace in the namespace, so that defaults stay where they are defined.
+``max_num_seqs: int = 64`` becomes ``--max-num-seqs N``; a bool becomes ``--flag`` and ``--no-flag``; a ``Literal``
+becomes a choice; a list repeats its flag; a dict takes JSON. Help texts are the struct's ``Attributes:`` section. A
+flag that is not given leaves no trace in the namespace, so that defaults stay where they are defined.
 """
 
 from __future__ import annotations

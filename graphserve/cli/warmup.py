@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graphserve import progress
-from graphserve.cli.engine_options import add_engine_options, add_model_argument, engine_config
+from graphserve.cli.engine_options import add_engine_options, add_model_argument, engine_config, fetch_model
 
 
 def add_command(commands: Any) -> argparse.ArgumentParser:
@@ -30,6 +30,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Fill or check the store; print its report."""
     config = engine_config(options)
+    fetch_model(config)
     progress.set_sink(progress.StreamSink())
     from graphserve.compiler.warmup import run_warmup
 

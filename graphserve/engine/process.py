@@ -1,8 +1,8 @@
 """The engine process: an :class:`LLMEngine` behind one socket.
 
-Started by ``engine/client.py`` with the number of an inherited socket. The main thread steps the engine; a reader thread
-takes messages off the socket, so the end of the parent is noticed at once, in the middle of a load, a compilation or a
-step: the process then exits, and nothing is left behind.
+Started by ``engine/client.py`` with the number of an inherited socket. The main thread steps the engine; a reader
+thread takes messages off the socket, so the end of the parent is noticed at once, in the middle of a load, a
+compilation or a step: the process then exits, and nothing is left behind.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class EngineLoop:
 def run_engine_process(fd: int, make_engine: Callable[[dict[str, Any]], SteppedEngine]) -> int:
     """Serve the engine on inherited socket ``fd``; returns the exit status.
 
-    The parent alone decides when to stop: a terminal's Ctrl-C and a service manager's SIGTERM reach this process too, but
-    the parent drains first.
+    The parent alone decides when to stop: a terminal's Ctrl-C and a service manager's SIGTERM reach this process too,
+    but the parent drains first.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

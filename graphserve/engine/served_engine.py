@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from graphserve import progress
 from graphserve.config import EngineConfig
-from graphserve.engine.llm_engine import LLMEngine
 from graphserve.engine.messages import AddRequest, EngineInfo, EngineStats, OutputDelta, RequestEnded
 from graphserve.models.hub import resolve_model
 from graphserve.outputs import RequestOutput
 from graphserve.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from graphserve.engine.llm_engine import LLMEngine
 
 
 class ServedEngine:
@@ -98,9 +101,11 @@ def _info(engine: LLMEngine) -> EngineInfo:
 
 def _tokenizer_folder(config: EngineConfig) -> Path:
     """Where the engine found its tokenizer; by now everything from the hub is in the local cache."""
-    if config.tokenizer is not None:
-        return resolve_model(config.tokenizer, None, config.download_dir, config.hf_token)
-    return resolve_model(config.model, config.revision, config.download_dir, config.hf_token)
+    return _find(config.tokenizer, None, config) if config.tokenizer else _find(config.model, config.revision, config)
+
+
+def _find(name: str, revision: str | None, config: EngineConfig) -> Path:
+    return resolve_model(name, revision, config.download_dir, config.hf_token, progress.byte_reporter())
 
 
 def changed_fields(params: SamplingParams) -> dict[str, Any]:
@@ -113,5 +118,14 @@ def changed_fields(params: SamplingParams) -> dict[str, Any]:
 
 
 def load_engine(config: dict[str, Any]) -> ServedEngine:
-    """Load and compile the model that ``config`` (fields of ``EngineConfig``) describes."""
-    return ServedEngine(LLMEngine.from_config(EngineConfig.from_kwargs(**config)))
+    """Load and compile the model that ``config`` (fields of ``EngineConfig``) describes.
+
+    Raises:
+        GraphserveError: it cannot be loaded or compiled.
+    """
+    options = EngineConfig.from_kwargs(**config)
+    # First of all: a name that does not exist is reported, and a download seen, before torch has been imported.
+    _find(options.model, options.revision, options)
+    from graphserve.engine.llm_engine import LLMEngine
+
+    return ServedEngine(LLMEngine.from_config(options))

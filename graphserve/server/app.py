@@ -1,4 +1,4 @@
-"""The aiohttp application: the route table, and what surrounds every request (key, errors, metrics, connection guard)."""
+"""The aiohttp application: the route table, and what surrounds every request (key, errors, metrics)."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from msgspec import UNSET
 
 from graphserve.engine.messages import AddRequest, OutputDelta
 from graphserve.server.bodies import json_response, read_body
+from graphserve.server.decoding import decode_request, message_text
 from graphserve.server.generation import Generation, generation
 from graphserve.server.logprobs import chat_logprobs
 from graphserve.server.protocol import (
@@ -23,8 +24,6 @@ from graphserve.server.protocol import (
     ChatLogprobs,
     Delta,
     Usage,
-    decode_request,
-    message_text,
 )
 from graphserve.server.renderer import RenderedPrompt, Renderer
 from graphserve.server.sampling import sampling_params
@@ -78,10 +77,8 @@ async def _answer(request: ChatCompletionRequest, running: Generation) -> web.Re
     return json_response(body)
 
 
-async def _stream(
-    http_request: web.Request, request: ChatCompletionRequest, running: Generation
-) -> web.StreamResponse:
-    """A choice's chunks in OpenAI's order: the role, text pieces, the finish reason; then the usage, then ``[DONE]``."""
+async def _stream(http_request: web.Request, request: ChatCompletionRequest, running: Generation) -> web.StreamResponse:
+    """A choice's chunks in OpenAI's order: role, text pieces, finish reason; then the usage, then ``[DONE]``."""
     events = EventStream(http_request)
     options = request.stream_options
     wants_usage = options is not None and bool(options.include_usage)

@@ -10,6 +10,7 @@ from msgspec import UNSET
 
 from graphserve.engine.messages import AddRequest, OutputDelta
 from graphserve.server.bodies import json_response, read_body
+from graphserve.server.decoding import completion_prompts, decode_request
 from graphserve.server.generation import Generation, generation
 from graphserve.server.logprobs import completion_logprobs
 from graphserve.server.protocol import (
@@ -18,8 +19,6 @@ from graphserve.server.protocol import (
     CompletionRequest,
     CompletionResponse,
     Usage,
-    completion_prompts,
-    decode_request,
 )
 from graphserve.server.renderer import RenderedPrompt
 from graphserve.server.sampling import is_scoring_only, sampling_params

@@ -1,8 +1,8 @@
 """Deadlines for a connection's idle and header phases, which aiohttp leaves open.
 
-aiohttp closes an idle keep-alive connection, but one that sends half a header, or nothing at all, would stay for as long
-as its keep-alive lasts. :class:`GuardedProtocol` sits between the transport and aiohttp's protocol and sees only bytes:
-a connection must complete a request's header within ``header_timeout_s`` of connecting or of the first byte of
+aiohttp closes an idle keep-alive connection, but one that sends half a header, or nothing at all, would stay for as
+long as its keep-alive lasts. :class:`GuardedProtocol` sits between the transport and aiohttp's protocol and sees only
+bytes: a connection must complete a request's header within ``header_timeout_s`` of connecting or of the first byte of
 its next request. The application tells the guard when a header is complete (a request started).
 """
 

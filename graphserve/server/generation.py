@@ -7,8 +7,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from graphserve.engine.client import RequestFailedError
 from graphserve.engine.messages import AddRequest, OutputDelta
+from graphserve.engine.request_stream import RequestFailedError
 from graphserve.errors import EngineDeadError, RequestError
 from graphserve.server.errors import ApiError, bad_request, engine_dead
 from graphserve.server.protocol import PromptTokensDetails, SamplingRequest, Usage

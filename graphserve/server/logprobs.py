@@ -26,7 +26,7 @@ def _best(position: PositionLogprobs, num_top: int) -> list[tuple[int, Logprob]]
 def completion_logprobs(
     token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None], num_top: int, text_offset: int
 ) -> CompletionLogprobs:
-    """Lists over the tokens; ``text_offset`` is where the first token's text begins. None: nothing predicts the token."""
+    """Lists over the tokens, from ``text_offset`` on. A position of None: nothing predicts that token."""
     result = CompletionLogprobs([], [], [] if num_top else None, [])
     for token_id, position in zip(token_ids, positions, strict=True):
         entry = position.get(token_id) if position else None

@@ -73,9 +73,7 @@ class Renderer:
         Raises:
             ApiError: 400 when the model has no template, or the template refuses the conversation.
         """
-        return await self._run(
-            self._render_chat, messages, add_generation_prompt, add_special_tokens, template_kwargs
-        )
+        return await self._run(self._render_chat, messages, add_generation_prompt, add_special_tokens, template_kwargs)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -130,4 +128,4 @@ class Renderer:
     def _check_ids(self, ids: list[int]) -> None:
         for token_id in ids:
             if not 0 <= token_id < self._vocab_size:
-                raise bad_request(f"prompt: token id {token_id} is outside the vocabulary of {self._vocab_size}", "prompt")
+                raise bad_request(f"prompt: token id {token_id} is not in 0 to {self._vocab_size - 1}", "prompt")

@@ -1,4 +1,4 @@
-"""From a request body to :class:`SamplingParams`: the client's values over the model's defaults, checked against limits."""
+"""From a request body to :class:`SamplingParams`: the client's values over the model's defaults, within limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole server over the echo engine as a program, for tests of signals: ``echo_server.py TOKENIZER STEP_S DRAIN_S``."""
+"""A server over the echo engine as a program, for tests of signals: ``echo_server.py TOKENIZER STEP_S DRAIN_S``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """An engine process without a model, for tests of what surrounds the engine: it repeats the prompt, one byte a step.
 
-Run as ``fake_engine.py FD`` in the place of ``graphserve.engine.process``; the process, its loop and its messages are the
-real ones. The prompt's text steers it: ``<fail>`` ends that request with an error, ``<crash>`` raises in the step,
-``<exit>`` ends the process as a kernel fault would, ``<hang-start>`` in the model name keeps it from becoming ready.
+Run as ``fake_engine.py FD`` in the place of ``graphserve.engine.process``; the process, its loop and its messages are
+the real ones. The prompt's text steers it: ``<fail>`` ends that request with an error, ``<crash>`` raises in the
+step, ``<exit>`` ends the process as a kernel fault would, ``<hang-start>`` in the model name keeps it from becoming
+ready.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
+import openai
 import pytest
 
 PATH = "/v1/completions"
@@ -134,6 +136,22 @@ def test_a_stream_that_fails_midway_ends_with_an_error_event_and_done(server: An
     assert done == "[DONE]" and error["error"]["code"] == "request_failed" and chunks
     status, _, _ = server.request("POST", PATH, {"prompt": "abc"})
     assert status == 200
+
+
+def test_the_openai_client_raises_on_the_error_event_of_a_stream(server: Any) -> None:
+    with openai.OpenAI(base_url=server.server.url + "/v1", api_key="any", max_retries=0) as client:
+        stream = client.completions.create(model="echo", prompt="<fail>", max_tokens=9, stream=True)
+        with pytest.raises(openai.APIError, match="engine failed"):
+            list(stream)
+
+
+def test_the_openai_client_retries_what_says_when_to(start_server: Any) -> None:
+    with start_server() as draining, openai.OpenAI(base_url=draining.server.url + "/v1", api_key="any") as client:
+        draining.server.state.is_draining = True
+        timer = threading.Timer(0.5, lambda: setattr(draining.server.state, "is_draining", False))
+        timer.start()
+        assert client.completions.create(model="echo", prompt="abc", max_tokens=3).choices[0].text == "abc"
+        timer.join()
 
 
 @pytest.mark.parametrize(
