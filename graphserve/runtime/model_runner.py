@@ -62,15 +62,15 @@ class ModelRunner:
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> None:
         """Make the KV pool. May be called again: the old pool and its contents are dropped."""
         self.kv_cache = None
-        for name in [n for n in self._inputs if n.startswith("kv_")]:
+        for name in [n for n in self._inputs if n.startswith(("kv_", "block_table."))]:
             del self._inputs[name]
         self._runner.invalidate()
         self.kv_cache = KVCache(self.plan, num_blocks, block_size, self.device)
         for layer, (keys, values) in enumerate(self.kv_cache.layers):
             self._inputs[f"kv_k.{layer}"] = keys
             self._inputs[f"kv_v.{layer}"] = values
-        longest = -(-self.plan.model["max_model_len"] // block_size)
-        self._block_table_len = max(1, min(longest, num_blocks))
+        # A table may be longer than the pool: behind a sliding window its places hold the null block.
+        self._block_table_len = -(-self.plan.model["max_model_len"] // block_size)
         if self._is_cpp:
             self._use_cpp()
 
