@@ -214,6 +214,7 @@ def _lower(
             "vocab_size": int(output.meta["val"].shape[-1]),
             "num_layers": config.num_hidden_layers,
             "max_model_len": max_model_len,
+            "eos_token_id": getattr(config, "eos_token_id", None),
             "dtype": dtype_name(output.meta["val"].dtype),
         },
         launches=lowering.launches,

@@ -75,6 +75,21 @@ def resolve_model(
     return _download(name, revision, download_dir, token, progress)
 
 
+def resolve_config(name: str, token: str | bool | None = None) -> Path:
+    """The folder with a model's config.json; downloads nothing but configuration.
+
+    Raises:
+        ConfigError: there is no such folder or hub id, or it has no config.json.
+    """
+    folder = Path(name).expanduser()
+    if name == DEMO_NAME or folder.is_dir() or not _is_hub_id(name):
+        return resolve_model(name)
+    folder = _snapshot(name, CONFIG_PATTERNS, None, None, token, no_progress)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{name!r} has no config.json on the hub: it is not a transformers checkpoint")
+    return folder
+
+
 def _refuse_revision(name: str, revision: str | None) -> None:
     if revision is not None:
         raise ConfigError(

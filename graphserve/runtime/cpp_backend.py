@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import torch
 
+from graphserve.kernels import register_all
 from graphserve.kernels.cpu import (
     ArgSpec,
     CompiledSequence,
@@ -29,6 +30,10 @@ from graphserve.progress import phase
 from graphserve.runtime.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
+
+# Steps with fewer multiply-adds than this run on one thread: waking a team for each of ~50 kernels costs more than it
+# saves (stories260K, one token: 0.3 ms on one thread, 0.5 ms on two).
+_SINGLE_THREAD_WORK = 4_000_000
 
 # Two step sizes at which views are sampled; a dimension that differs between them is matched to T, R or S.
 _SAMPLES = (StepSize((13, 7, 3)), StepSize((29, 11, 5)))
@@ -57,6 +62,7 @@ def lower_to_cpp(plan: Plan, kv_cache: KVCache, isa: str | None = None) -> Kerne
         kv_cache: its block size and strides are constants of the kernels (its data is not read; it may be on meta).
         isa: a level of ``graphserve.kernels.cpu.ISA_LEVELS``; the processor's best by default.
     """
+    register_all()
     isa = isa or isa_level()
     specs = _value_specs(plan, kv_cache)
     packed = _packable_weights(plan)
@@ -257,6 +263,7 @@ class CppBackend:
     def __init__(self, kernel_plan: KernelPlan, weights: dict[str, torch.Tensor], store_dir: Path) -> None:
         self.replace_kernels(kernel_plan, store_dir)
         self._packed = self._pack(weights)
+        self._num_weights = sum(w.numel() for w in self._packed.values())
         self.table_lens: list[int] = []
 
     def replace_kernels(self, kernel_plan: KernelPlan, store_dir: Path) -> None:
@@ -330,8 +337,9 @@ class CppBackend:
         sequence = CompiledSequence(self._library, [(c.function, c.pointers) for c in calls])
         tokens, rows, seqs = size
         table_lens = tuple(self.table_lens)
+        is_small = tokens * self._num_weights < _SINGLE_THREAD_WORK
 
         def run() -> None:
-            sequence.run(tokens, rows, seqs, torch.get_num_threads(), table_lens)
+            sequence.run(tokens, rows, seqs, 1 if is_small else torch.get_num_threads(), table_lens)
 
         return run

@@ -6,7 +6,7 @@ sequence = CompiledSequence(library, [(library.function_pointer(kernel.symbol), 
 sequence.run(num_tokens=1, num_rows=1, num_sequences=1, num_threads=2)
 """
 
-from graphserve.kernels.cpu.build import Library, build
+from graphserve.kernels.cpu.build import Library, build, missing_libraries
 from graphserve.kernels.cpu.compiler import compiler
 from graphserve.kernels.cpu.generate import generate
 from graphserve.kernels.cpu.isa import ISA_LEVELS, available_levels, isa_level
@@ -26,6 +26,7 @@ __all__ = [
     "compiler",
     "generate",
     "isa_level",
+    "missing_libraries",
     "pack_linear_weight",
     "pack_moe_weights",
     "unpack_linear_weight",

@@ -76,6 +76,13 @@ def build(kernels: list[CppKernel], store_dir: Path, progress: Progress | None =
     return Library([unit.path for unit in units])
 
 
+def missing_libraries(kernels: list[CppKernel], store_dir: Path) -> list[str]:
+    """Names of the libraries that :func:`build` would have to compile for ``kernels``. Compiles nothing."""
+    openmp = openmp_runtime()
+    units: list[_StoredLibrary] = [_Unit(group, store_dir, openmp) for group in _groups(kernels)]
+    return [unit.name for unit in [*units, _SequenceUnit(store_dir)] if not unit._is_usable()]
+
+
 def _groups(kernels: list[CppKernel]) -> list[list[CppKernel]]:
     groups: dict[tuple[str, tuple[str, ...]], dict[str, CppKernel]] = {}
     for kernel in kernels:
