@@ -31,10 +31,6 @@ from graphserve.runtime.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
 
-# Steps with fewer multiply-adds than this run on one thread: waking a team for each of ~50 kernels costs more than it
-# saves (stories260K, one token: 0.3 ms on one thread, 0.5 ms on two).
-_SINGLE_THREAD_WORK = 4_000_000
-
 # Two step sizes at which views are sampled; a dimension that differs between them is matched to T, R or S.
 _SAMPLES = (StepSize((13, 7, 3)), StepSize((29, 11, 5)))
 
@@ -263,7 +259,6 @@ class CppBackend:
     def __init__(self, kernel_plan: KernelPlan, weights: dict[str, torch.Tensor], store_dir: Path) -> None:
         self.replace_kernels(kernel_plan, store_dir)
         self._packed = self._pack(weights)
-        self._num_weights = sum(w.numel() for w in self._packed.values())
         self.table_lens: list[int] = []
 
     def replace_kernels(self, kernel_plan: KernelPlan, store_dir: Path) -> None:
@@ -337,9 +332,8 @@ class CppBackend:
         sequence = CompiledSequence(self._library, [(c.function, c.pointers) for c in calls])
         tokens, rows, seqs = size
         table_lens = tuple(self.table_lens)
-        is_small = tokens * self._num_weights < _SINGLE_THREAD_WORK
 
         def run() -> None:
-            sequence.run(tokens, rows, seqs, 1 if is_small else torch.get_num_threads(), table_lens)
+            sequence.run(tokens, rows, seqs, torch.get_num_threads(), table_lens)
 
         return run
