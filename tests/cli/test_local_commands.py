@@ -58,7 +58,7 @@ def test_generate_prints_only_the_text_and_reports_phases_on_stderr(
     process = subprocess.run([*COMMAND, *GENERATE], capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
     assert process.returncode == 0, process.stderr
     assert process.stdout.endswith("\n") and "Once upon" not in process.stdout
-    for phase in ("compile: done in", "load weights: done in", "generated 16 tokens in"):
+    for phase in ("load tokenizer: done in", "load weights: done in", "generated 16 tokens in"):
         assert phase in process.stderr
     assert "\x1b" not in process.stderr, "no terminal, so no colours and no bars"
     assert main(GENERATE) == 0 and capsys.readouterr().out == process.stdout
