@@ -63,7 +63,8 @@ def test_options_survive_as_plain_data():
 
 def test_the_package_and_its_options_import_no_torch():
     code = (
-        "import sys, graphserve, graphserve.config, graphserve.engine.engine_core; from graphserve import SamplingParams;"
+        "import sys, graphserve, graphserve.config, graphserve.engine.engine_core;"
+        "from graphserve import SamplingParams;"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

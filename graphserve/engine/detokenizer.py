@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character (yet)
 MIN_CONTEXT_TOKENS = 4
 MAX_CONTEXT_TOKENS = 24
-MAX_PENDING_TOKENS = 16  # a character has at most 4 bytes, so a longer wait means bytes that will never be one
+MAX_CHARACTER_BYTES = 4
+MAX_PENDING_TOKENS = 16  # far more than a character's bytes: these will never be one
 
 
 class IncrementalDecoder:
@@ -37,10 +38,10 @@ class IncrementalDecoder:
     def __init__(self, decode: Callable[[list[int]], str], context_ids: Sequence[int] = ()) -> None:
         self._decode = decode
         # The window: ids shown last (they give the next ones their context), then ids not shown yet.
-        self._window = _context(decode, context_ids)
+        self._window = list(context_ids[-MAX_CONTEXT_TOKENS:])
         self._num_shown = len(self._window)
-        # A context that ends inside a character is shown with the output that completes it.
-        self._shown_text = decode(self._window).rstrip(REPLACEMENT) if self._window else ""
+        self._shown_text = decode(self._window)
+        self._begin(context_ids)
 
     def push(self, token_id: int) -> str:
         """Add one id; the text that has become certain, often empty or more than one character."""
@@ -69,10 +70,28 @@ class IncrementalDecoder:
         self._shown_text = self._decode(new_ids)
         return new_text
 
+    def _begin(self, context_ids: Sequence[int]) -> None:
+        """Shorten the window to the fewest ids that leave visible text and begin and end with whole characters.
+
+        A character that the context begins and the output completes counts as output. The ids that begin it stay
+        together in the window; what else they show (a space before it) is the context's.
+        """
+        most = min(MAX_CONTEXT_TOKENS, len(context_ids))
+        for count in range(min(MIN_CONTEXT_TOKENS, most), most + 1):
+            window = list(context_ids[len(context_ids) - count :])
+            for num_shown in range(count, max(-1, count - MAX_CHARACTER_BYTES), -1):
+                text = self._decode(window[:num_shown])
+                is_whole = not text.startswith(REPLACEMENT) and not text.endswith(REPLACEMENT)
+                if is_whole and (text or count == most):
+                    visible = self._decode(window).rstrip(REPLACEMENT)
+                    self._window, self._num_shown = window, num_shown
+                    self._shown_text = visible if visible.startswith(text) else text
+                    return
+
     def _give_up_on_old_bytes(self) -> str:
         """Show the older part of a long run of broken bytes, cut where the cut does not change the decoding."""
         text = self._decode(self._window)
-        for num_kept in range(4, len(self._window) - self._num_shown):
+        for num_kept in range(MAX_CHARACTER_BYTES, len(self._window) - self._num_shown):
             old, kept = self._window[:-num_kept], self._window[-num_kept:]
             old_text = self._decode(old)
             if old_text + self._decode(kept) == text and old_text.startswith(self._shown_text):
@@ -80,16 +99,6 @@ class IncrementalDecoder:
                 self._window, self._num_shown, self._shown_text = kept, 0, ""
                 return new_text
         return ""
-
-
-def _context(decode: Callable[[list[int]], str], token_ids: Sequence[int]) -> list[int]:
-    """The shortest end of ``token_ids`` that leaves visible text and does not begin inside a character."""
-    for count in range(MIN_CONTEXT_TOKENS, MAX_CONTEXT_TOKENS + 1):
-        context = list(token_ids[-count:])
-        text = decode(context)
-        if count >= len(token_ids) or (text and not text.startswith(REPLACEMENT)):
-            break
-    return context
 
 
 class Detokenizer:

@@ -176,7 +176,9 @@ def test_without_chunked_prefill_a_prompt_runs_in_one_step():
 @pytest.mark.parametrize("num_blocks", [14, 64])
 def test_prompt_logprobs_do_not_depend_on_chunks_or_preemption(budget, num_blocks):
     prompts = {"a": list(range(5, 25)), "b": [4, 4, 4, 8, 1, 2, 3, 4]}
-    core, _ = make_core(num_blocks=num_blocks, block_size=4, max_num_batched_tokens=budget, max_num_seqs=2, prompt_rows=5)
+    core, _ = make_core(
+        num_blocks=num_blocks, block_size=4, max_num_batched_tokens=budget, max_num_seqs=2, prompt_rows=5
+    )
     params = greedy(20, prompt_logprobs=2, logprobs=1)
     outputs = run(core, [core_request(k, p, params) for k, p in prompts.items()])
     assert (core.stats().num_preemptions_total > 0) == (num_blocks == 14)

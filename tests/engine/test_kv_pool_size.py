@@ -15,8 +15,10 @@ from graphserve.errors import ConfigError
 from graphserve.plan.schema import CacheGroup, CacheSpec
 from graphserve.runtime.memory import available_host_bytes
 
+TWO_LAYERS = (CacheGroup((0, 1)),)
 
-def requirements(groups=(CacheGroup((0, 1)),), max_model_len=100, max_num_seqs=4, max_chunk=100):
+
+def requirements(groups=TWO_LAYERS, max_model_len=100, max_num_seqs=4, max_chunk=100):
     return KVPoolRequirements(groups, 32, 16, max_model_len, max_num_seqs, max_chunk)
 
 
