@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import pytest
 # Before torch is imported: the suite shares the machine, and one thread makes sums come in one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Plans and kernels are compiled once a run, and nothing of the user's own cache is read or written.
+_CACHE = tempfile.TemporaryDirectory(prefix="graphserve-tests-")
+os.environ["GRAPHSERVE_CACHE"] = _CACHE.name
 # No test may reach the network: a model that is not on disk has to give an error, not a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
