@@ -138,14 +138,18 @@ def as_text(report: dict[str, Any]) -> str:
     lines += ["", f"launches per layer: {report['launches_per_layer']}; layer 0:"]
     for launch in report["layer_launches"]:
         lines.append(f"  {launch['kind']:<10}{launch['op'].removesuffix('.default'):<22}{', '.join(launch['reads'])}")
-    lines += ["", "launches without a generated kernel" if report["leftovers"] else "every launch has a generated kernel"]
+    lines += [
+        "",
+        "launches without a generated kernel" if report["leftovers"] else "every launch has a generated kernel",
+    ]
     for left in report["leftovers"]:
         lines.append(f"  {left['count']:>4} x {left['op']}: {left['reason']}")
     lines += ["", "cache groups"]
     for group in report["cache_groups"]:
-        rule = f"window {group['window']}" if group["window"] else f"chunk {group['chunk']}" if group["chunk"] else "full"
+        rule = (
+            f"window {group['window']}" if group["window"] else f"chunk {group['chunk']}" if group["chunk"] else "full"
+        )
         lines.append(f"  {group['layers']} layers, {rule}")
     total = sum(report["seconds"].values())
     lines += ["", f"compiled in {total:.1f} s: " + ", ".join(f"{k} {v:.2f} s" for k, v in report["seconds"].items())]
     return "\n".join(lines)
-

@@ -65,7 +65,12 @@ def find_layers(model: PreTrainedModel, full_depth: bool = False) -> LayerStack 
     """
     config = model.config.get_text_config()
     depth = getattr(config, "num_hidden_layers", None)
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    decoder = set(model.get_decoder().modules())  # an image tower may have as many layers
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module in decoder
+    ]
     if not lists:
         return None
     # Several lists of this length (norms beside layers, say): the layers are the one with most parameters.

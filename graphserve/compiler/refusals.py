@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from graphserve.compiler.layers import LayerStack
@@ -76,7 +77,8 @@ def _what(text: str, error: BaseException) -> str:
     raised = re.search(r"raised exception (\w+)\((.*)\)", text)
     if raised is not None:
         message = raised[2].strip("'\"")
-        if "str" in message:  # the attention rule travels as a string in the mask's place
+        # The attention rule travels as a string in the mask's place: what fails on a string was done to the mask.
+        if "str" in message or (raised[1] == "AttributeError" and hasattr(torch.Tensor, message)):
             return f"it computes with the attention mask itself ({message})"
         return f"{raised[1]}: {message}"[:_MAX_REASON_CHARS]
     explanation = re.search(r"Explanation: (.*)", text)

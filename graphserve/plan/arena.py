@@ -16,8 +16,16 @@ from graphserve.plan.symbols import evaluate
 
 ALIGNMENT = 64  # bytes: one cache line, and more than any vector load needs
 ITEM_SIZE = {
-    **{"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "complex64": 8},
-    **{"int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1},
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "complex64": 8,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
 }
 
 

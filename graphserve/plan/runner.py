@@ -25,7 +25,9 @@ Action = Callable[[], object]
 class Binder(Protocol):
     """Binds launches of other kinds than ``reference``. Called in plan order."""
 
-    def bind(self, launch: Launch, runner: PlanRunner, tensors: Mapping[str, torch.Tensor], size: StepSize) -> Action | None:
+    def bind(
+        self, launch: Launch, runner: PlanRunner, tensors: Mapping[str, torch.Tensor], size: StepSize
+    ) -> Action | None:
         """The action for ``launch``, or None if this binder leaves it to its reference."""
 
     def finish(self, actions: list[Action], size: StepSize) -> list[Action]:
@@ -62,7 +64,9 @@ def resolve_op(op: str) -> Callable[..., Any]:
     return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
-def decode_argument(value: Any, tensors: Mapping[str, Any], num_tokens: int, num_rows: int, device: torch.device) -> Any:
+def decode_argument(
+    value: Any, tensors: Mapping[str, Any], num_tokens: int, num_rows: int, device: torch.device
+) -> Any:
     """A launch argument from its JSON form (see :class:`graphserve.plan.schema.Launch`)."""
     if isinstance(value, dict):
         kind, content = next(iter(value.items()))
@@ -192,22 +196,23 @@ class PlanRunner:
             if launch.kind == "view":
                 run_view(launch, tensors, size, self.device)
                 continue
-            for name in launch.outputs:
-                if name is not None:
-                    tensors[name] = self._buffer(name, size)
+            for output in launch.outputs:
+                if output is not None:
+                    tensors[output] = self._buffer(output, size)
             binder = self._binders.get(launch.kind)
             action = binder.bind(launch, self, tensors, size) if binder is not None else None
             actions.append(action or self._bind_reference(launch, tensors, size))
         for binder in self._binders.values():
             actions = binder.finish(actions, size)
-        output = tensors[self.plan.output]
-        return actions, output.view(-1, output.shape[-1])
+        logits = tensors[self.plan.output]
+        return actions, logits.view(-1, logits.shape[-1])
 
     def _bind_reference(self, launch: Launch, tensors: Mapping[str, Any], size: StepSize) -> Action:
         function = resolve_op(launch.op)
         args = [decode_argument(a, tensors, size.num_tokens, size.num_rows, self.device) for a in launch.args]
         kwargs = {
-            k: decode_argument(a, tensors, size.num_tokens, size.num_rows, self.device) for k, a in launch.kwargs.items()
+            k: decode_argument(a, tensors, size.num_tokens, size.num_rows, self.device)
+            for k, a in launch.kwargs.items()
         }
         outputs = [None if n is None else tensors[n] for n in launch.outputs]
 

@@ -80,7 +80,7 @@ class ModelRunner:
             return False
         if backend == "auto" and compiler() is None:
             logger.warning(
-                "no C++ compiler found (g++ or clang++ on PATH, or $CXX): plain torch runs instead, several times slower"
+                "no C++ compiler found (g++ or clang++ on PATH, or $CXX): plain torch runs instead, which is slower"
             )
             return False
         return True

@@ -17,7 +17,11 @@ FACTORS = {"config": "abc", "torch": "2.13.0"}
 def stored() -> StoredPlan:
     plan = Plan(
         {"vocab_size": 4, "max_model_len": 8},
-        [Launch("gs.linear.default", ({"v": "x"}, {"v": "w"}, None, {"s": "4*T"}), {"a": {"f": "-inf"}}, ("y",), layer=1)],
+        [
+            Launch(
+                "gs.linear.default", ({"v": "x"}, {"v": "w"}, None, {"s": "4*T"}), {"a": {"f": "-inf"}}, ("y",), layer=1
+            )
+        ],
         [],
         {"y": TensorSpec((1, "T", 4), "float32")},
         {"w": WeightSpec(TensorSpec((4, 4), "float32"), "parameters", (WeightPart("p", 4),))},

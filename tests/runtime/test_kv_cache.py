@@ -11,7 +11,9 @@ def plan_with(layers: list[CacheSpec], groups: list[CacheGroup]) -> Plan:
     return Plan({"max_model_len": 64}, [], [], {}, {}, layers, groups, "", [])
 
 
-def spec(heads: int = 2, k_dim: int = 8, v_dim: int = 8, window: int | None = None, dtype: str = "float32") -> CacheSpec:
+def spec(
+    heads: int = 2, k_dim: int = 8, v_dim: int = 8, window: int | None = None, dtype: str = "float32"
+) -> CacheSpec:
     return CacheSpec(heads, k_dim, v_dim, dtype, window)
 
 
