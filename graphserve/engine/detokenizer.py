@@ -177,13 +177,15 @@ class Detokenizer:
 
     def _find_stop(self) -> str | None:
         """Cut the text at the stop string that begins first; None if there is none."""
+        if not self._stops:
+            return None
         found: tuple[int, str] | None = None
         for stop in self._stops:
             start = self._text.find(stop, self._num_searched)
             if start >= 0 and (found is None or start < found[0]):
                 found = start, stop
         if found is None:
-            longest = max(map(len, self._stops), default=0)
+            longest = max(map(len, self._stops))
             self._num_searched = max(self._num_searched, len(self._text) - longest + 1)
             return None
         start, stop = found
@@ -192,9 +194,9 @@ class Detokenizer:
 
     def _num_held_back(self) -> int:
         """Length of the longest end of the text with which a stop string begins."""
-        if self._includes_stop:
+        if self._includes_stop or not self._stops:
             return 0
-        longest = max(map(len, self._stops), default=1) - 1
+        longest = max(map(len, self._stops)) - 1
         for count in range(min(longest, len(self._text) - self._num_searched), 0, -1):
             if any(stop.startswith(self._text[-count:]) for stop in self._stops):
                 return count
