@@ -19,6 +19,15 @@ aten = torch.ops.aten
 # an alias made inside one layer would then seem to be handed to the next.
 _IDENTITIES = {aten.contiguous, aten.alias, aten.detach, aten.lift_fresh, aten.resolve_conj, aten.resolve_neg}
 
+# Second names of an op: checks and passes know the first.
+_ALIASES = {
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+}
+
 _ASSERTIONS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "_check"}
 
 
@@ -56,6 +65,7 @@ def canonicalize(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
             node.replace_all_uses_with(made)
             gm.graph.erase_node(node)
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            node.target = _ALIASES.get(node.target, node.target)
             if node.target._schema.name.split("::")[1] in _ASSERTIONS and not node.users:
                 gm.graph.erase_node(node)
             elif node.target.overloadpacket is aten.arange:

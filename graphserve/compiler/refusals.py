@@ -69,7 +69,7 @@ def trace_failure_reason(error: BaseException) -> str:
     """One line a person can act on, out of Dynamo's report."""
     text = str(error)
     if MARKER in text:
-        return text.split(MARKER, 1)[1].splitlines()[0].rstrip("'\")")
+        return re.sub(r"""['"]\)+$""", "", text.split(MARKER, 1)[1].splitlines()[0])  # the end of RuntimeError('...')
     return f"{_what(text, error)}{_where(error)}"
 
 

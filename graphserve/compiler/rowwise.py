@@ -160,7 +160,7 @@ def _pointwise(target: torch._ops.OpOverload) -> bool:
     return torch.Tag.pointwise in target.tags or target.overloadpacket in (
         aten.to, aten._to_copy, aten.where, aten.type_as, aten.copy_, aten.masked_fill, aten.masked_fill_, aten.one_hot,
         aten.softplus, aten.dropout_, aten.polar, aten.complex, aten.copy, aten.float_power, aten.relu6, aten.selu,
-        aten.prelu, aten.__or__, aten.__and__, aten.__xor__,
+        aten.prelu,
     )  # fmt: skip
 
 
