@@ -39,4 +39,7 @@ def _norm_cases(dtype: torch.dtype) -> list[Case]:
 
 
 def test_norm_kernels_equal_their_references_at_every_isa_level(check_cases) -> None:
-    check_cases([case for dtype in DTYPES for case in _norm_cases(dtype)])
+    check_cases(
+        [case for dtype in DTYPES for case in _norm_cases(dtype)],
+        core=("add torch.float32-7", "add torch.bfloat16-7", "addlayer"),
+    )

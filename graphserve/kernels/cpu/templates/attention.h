@@ -1,6 +1,7 @@
 // Attention over the paged cache with an online softmax (Milakov & Gimelshein 2018; Dao 2022, algorithm 1).
 //
-// One task is a tile: some query tokens of one sequence with all query heads of one KV head, over a range of keys.
+// One task is a tile: some query tokens of one sequence with all query heads of one KV head (of all KV heads, for
+// single-token queries), over a range of keys.
 // Keys are taken KEYS at a time; each block's K is transposed once ([dword of the head][key]) and serves every row of
 // the tile, so scores have keys in lanes and need no horizontal sums. The context is never gathered.
 constexpr int KEY_VECTORS = 4;
@@ -96,10 +97,17 @@ static __attribute__((noinline)) void score_rows(const T* const* queries, const 
     for (int v = 0; v < KEY_VECTORS; ++v) store(scores + m * KEYS + v * W, sum[m][v]);
 }
 
+// Rows whose memory is asked for while others are computed on: blocks lie anywhere in the pool, and no hardware
+// prefetcher follows them.
+struct RowsAhead {
+  const char *const *keys, *const *values;
+  int count;
+};
+
 // acc [MR, PITCH] = acc * correction[MR] + weights [MR, KEYS] @ values[0..count), for VECTORS vectors from column d on
-template <class V, int PITCH, int MR, int VECTORS>
+template <class V, int PITCH, int MR, int VECTORS, int KEY_BYTES, int VALUE_BYTES>
 GS_INLINE void weigh_columns(const V* const* values, int64_t d, int count, const float* weights,
-                             const float* correction, float* acc) {
+                             const float* correction, float* acc, const RowsAhead& ahead) {
   vf sum[MR][VECTORS];
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m)
@@ -107,6 +115,10 @@ GS_INLINE void weigh_columns(const V* const* values, int64_t d, int count, const
     for (int v = 0; v < VECTORS; ++v) sum[m][v] = load(acc + m * PITCH + d + v * W) * correction[m];
   for (int key = 0; key < count; ++key) {
     const V* row = values[key] + d;
+    if (key < ahead.count) {
+      for (int byte = 0; byte < KEY_BYTES; byte += 64) __builtin_prefetch(ahead.keys[key] + byte, 0, 3);
+      for (int byte = 0; byte < VALUE_BYTES; byte += 64) __builtin_prefetch(ahead.values[key] + byte, 0, 3);
+    }
     vf value[VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) value[v] = load(row + v * W);
@@ -120,18 +132,24 @@ GS_INLINE void weigh_columns(const V* const* values, int64_t d, int count, const
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) store(acc + m * PITCH + d + v * W, sum[m][v]);
 }
-template <class V, int PITCH, int MR>
+template <class V, int PITCH, int MR, int KEY_BYTES, int VALUE_BYTES>
 static __attribute__((noinline)) void weigh_rows(const V* const* values, int count, const float* weights,
-                                                 const float* correction, float* acc) {
+                                                 const float* correction, float* acc, RowsAhead ahead) {
   constexpr int STEP = 4;
   int64_t d = 0;
-  for (; d + STEP * W <= PITCH; d += STEP * W)
-    weigh_columns<V, PITCH, MR, STEP>(values, d, count, weights, correction, acc);
-  for (; d < PITCH; d += W) weigh_columns<V, PITCH, MR, 1>(values, d, count, weights, correction, acc);
+  for (; d + STEP * W <= PITCH; d += STEP * W) {
+    weigh_columns<V, PITCH, MR, STEP, KEY_BYTES, VALUE_BYTES>(values, d, count, weights, correction, acc, ahead);
+    ahead.count = 0;
+  }
+  for (; d < PITCH; d += W) {
+    weigh_columns<V, PITCH, MR, 1, KEY_BYTES, VALUE_BYTES>(values, d, count, weights, correction, acc, ahead);
+    ahead.count = 0;
+  }
 }
 
 struct AttentionTile {
-  int32_t sequence, first_query, num_queries, kv_head;  // first_query counts from the sequence's first query token
+  int32_t sequence, first_query, num_queries;  // first_query counts from the sequence's first query token
+  int32_t kv_head, num_kv_heads;
   int64_t first_key, last_key;
   float* partial;  // rows x (acc, max, sum) when the keys of a tile are split, else null
 };
@@ -142,22 +160,23 @@ struct PagedAttention {
   static_assert(DK * sizeof(T) % 4 == 0, "a head must be whole dwords");
   static constexpr int GROUP = HQ / HKV;
   static constexpr int QUERIES = GROUP >= 32 ? 1 : 32 / GROUP;  // query tokens of a prefill tile
-  static constexpr int ROWS = QUERIES * GROUP;
+  static constexpr int HEAD_ROWS = QUERIES * GROUP;  // rows of one KV head in a tile, at most
+  static constexpr int ROWS = HEAD_ROWS > HQ ? HEAD_ROWS : HQ;  // rows of a tile, KV head by KV head
   static constexpr int DWORDS = DK * int(sizeof(T)) / 4;
   static constexpr int PITCH = (DV + W - 1) / W * W;
   static constexpr int PARTIAL = ROWS * (PITCH + 2);
 
   struct Scratch {
     alignas(64) uint32_t keys[KEY_VECTORS * DWORDS * W];
-    alignas(64) float scores[ROWS * KEYS];
+    alignas(64) float scores[HEAD_ROWS * KEYS];
     alignas(64) float acc[ROWS * PITCH];
     alignas(64) float sums[ROWS * W];
     alignas(64) float values[KEYS * PITCH];
     float tops[ROWS], corrections[ROWS];
     int32_t positions[ROWS];
     const T* queries[ROWS];
-    const char* key_rows[KEYS];
-    const T* value_rows[KEYS];
+    const char* key_rows[2][KEYS];  // the rows at work and the rows after them
+    const char* value_rows[2][KEYS];
     const float* wide_values[KEYS];
   };
 
@@ -192,21 +211,26 @@ struct PagedAttention {
     return true;
   }
 
-  void load_block(Scratch& a, const AttentionTile& tile, int64_t begin, int count) const {
+  // Addresses of the K and V rows of `count` keys of one head.
+  void find_rows(const AttentionTile& tile, int kv_head, int64_t begin, int count, const char** key_rows,
+                 const char** value_rows) const {
     const int32_t* table = block_table + tile.sequence * table_row;
-    for (int j = 0; j < KEYS; ++j) {
-      const int64_t key = begin + (j < count ? j : 0);  // lanes past the end repeat a key and are masked
-      const int64_t block = table[key / BLOCK_SIZE], offset = tile.kv_head * BLOCK_SIZE + key % BLOCK_SIZE;
-      a.key_rows[j] = reinterpret_cast<const char*>(kv_k + block * K_BLOCK + offset * DK);
-      a.value_rows[j] = kv_v + block * V_BLOCK + offset * DV;
+    for (int j = 0; j < count;) {
+      const uint64_t key = uint64_t(begin + j);
+      const int64_t block = table[key / BLOCK_SIZE], offset = int64_t(key % BLOCK_SIZE);
+      const int run = int(BLOCK_SIZE - offset < count - j ? BLOCK_SIZE - offset : count - j);
+      const T* key_row = kv_k + block * K_BLOCK + (kv_head * BLOCK_SIZE + offset) * DK;
+      const T* value_row = kv_v + block * V_BLOCK + (kv_head * BLOCK_SIZE + offset) * DV;
+      for (int i = 0; i < run; ++i, ++j) {
+        key_rows[j] = reinterpret_cast<const char*>(key_row + i * DK);
+        value_rows[j] = reinterpret_cast<const char*>(value_row + i * DV);
+      }
     }
-    for (int v = 0; v < KEY_VECTORS; ++v)
-      if (v * W < count) transpose_keys<DWORDS>(a.key_rows + v * W, a.keys + v * DWORDS * W);
+    for (int j = count; j % W != 0; ++j) key_rows[j] = key_rows[0];  // lanes past the end are masked later
   }
 
   // Turns the scores of one row into weights and updates its running maximum, sum and correction.
-  void softmax_row(Scratch& a, int row, int head, int64_t begin, int count, bool mask) const {
-    float* scores = a.scores + row * KEYS;
+  void softmax_row(Scratch& a, float* scores, int row, int head, int64_t begin, int count, bool mask) const {
     vf s[KEY_VECTORS];
     vf top = set1(a.tops[row]);
     for (int v = 0; v < KEY_VECTORS; ++v) {
@@ -242,64 +266,64 @@ struct PagedAttention {
   }
 
   template <class V>
-  static void weigh(Scratch& a, const V* const* values, int rows, int count) {
-    for (int r = 0; r < rows; r += ROW_GROUP) {
+  static void weigh(Scratch& a, const V* const* values, int first_row, int rows, int count, RowsAhead ahead) {
+    constexpr int K_BYTES = DK * int(sizeof(T)), V_BYTES = DV * int(sizeof(T));
+    for (int r = 0; r < rows; r += ROW_GROUP, ahead.count = 0) {
       const float* weights = a.scores + r * KEYS;
-      float* acc = a.acc + r * PITCH;
+      const float* factors = a.corrections + first_row + r;
+      float* acc = a.acc + (first_row + r) * PITCH;
       switch (rows - r < ROW_GROUP ? rows - r : ROW_GROUP) {
-        case 1: weigh_rows<V, PITCH, 1>(values, count, weights, a.corrections + r, acc); break;
-        case 2: weigh_rows<V, PITCH, 2>(values, count, weights, a.corrections + r, acc); break;
+        case 1: weigh_rows<V, PITCH, 1, K_BYTES, V_BYTES>(values, count, weights, factors, acc, ahead); break;
+        case 2: weigh_rows<V, PITCH, 2, K_BYTES, V_BYTES>(values, count, weights, factors, acc, ahead); break;
 #if GS_WIDTH == 16
-        case 3: weigh_rows<V, PITCH, 3>(values, count, weights, a.corrections + r, acc); break;
-        case 4: weigh_rows<V, PITCH, 4>(values, count, weights, a.corrections + r, acc); break;
+        case 3: weigh_rows<V, PITCH, 3, K_BYTES, V_BYTES>(values, count, weights, factors, acc, ahead); break;
+        case 4: weigh_rows<V, PITCH, 4, K_BYTES, V_BYTES>(values, count, weights, factors, acc, ahead); break;
 #endif
       }
     }
   }
 
-  static void score(Scratch& a, int rows) {
+  static void score(Scratch& a, int first_row, int rows) {
     for (int r = 0; r < rows; r += ROW_GROUP) {
       switch (rows - r < ROW_GROUP ? rows - r : ROW_GROUP) {
-        case 1: score_rows<T, DWORDS, 1>(a.queries + r, a.keys, a.scores + r * KEYS); break;
-        case 2: score_rows<T, DWORDS, 2>(a.queries + r, a.keys, a.scores + r * KEYS); break;
+        case 1: score_rows<T, DWORDS, 1>(a.queries + first_row + r, a.keys, a.scores + r * KEYS); break;
+        case 2: score_rows<T, DWORDS, 2>(a.queries + first_row + r, a.keys, a.scores + r * KEYS); break;
 #if GS_WIDTH == 16
-        case 3: score_rows<T, DWORDS, 3>(a.queries + r, a.keys, a.scores + r * KEYS); break;
-        case 4: score_rows<T, DWORDS, 4>(a.queries + r, a.keys, a.scores + r * KEYS); break;
+        case 3: score_rows<T, DWORDS, 3>(a.queries + first_row + r, a.keys, a.scores + r * KEYS); break;
+        case 4: score_rows<T, DWORDS, 4>(a.queries + first_row + r, a.keys, a.scores + r * KEYS); break;
 #endif
       }
     }
   }
 
   void run_tile(Scratch& a, const AttentionTile& tile) const {
-    const int rows = tile.num_queries * GROUP;
+    const int head_rows = tile.num_queries * GROUP, rows = head_rows * tile.num_kv_heads;
     const int64_t start = query_start[tile.sequence], seq_len = seq_lens[tile.sequence];
     const int64_t first_position = seq_len - (query_start[tile.sequence + 1] - start) + tile.first_query;
     const int64_t last_position = first_position + tile.num_queries - 1;
     const bool owns_sink = SINKS && tile.first_key == tile_begin(tile);
     for (int r = 0; r < rows; ++r) {
-      const int head = tile.kv_head * GROUP + r % GROUP;
-      a.queries[r] = q + (start + tile.first_query + r / GROUP) * Q_TOKEN + head * Q_HEAD;
-      a.positions[r] = int32_t(first_position + r / GROUP);
+      const int head = query_head(tile, r), query = r % head_rows / GROUP;
+      a.queries[r] = q + (start + tile.first_query + query) * Q_TOKEN + head * Q_HEAD;
+      a.positions[r] = int32_t(first_position + query);
       a.tops[r] = owns_sink ? sinks[head] : -1e30f;  // finite, so that (hidden score - top) is -inf and not NaN
       for (int i = 0; i < W; ++i) a.sums[r * W + i] = owns_sink && i == 0 ? 1.0f : 0.0f;
     }
     memset(a.acc, 0, rows * PITCH * sizeof(float));
+    int side = 0;
+    find_rows(tile, tile.kv_head, tile.first_key, keys_from(tile, tile.first_key), a.key_rows[0], a.value_rows[0]);
     for (int64_t begin = tile.first_key; begin < tile.last_key; begin += KEYS) {
-      const int count = int(tile.last_key - begin < KEYS ? tile.last_key - begin : KEYS);
-      load_block(a, tile, begin, count);
-      score(a, rows);
+      const int count = keys_from(tile, begin);
       const bool mask = count < KEYS || !all_visible(begin, begin + count, first_position, last_position);
-      for (int r = 0; r < rows; ++r) softmax_row(a, r, tile.kv_head * GROUP + r % GROUP, begin, count, mask);
-      // Few rows read V where it lies; many rows share one conversion to fp32.
-      if (DV % W == 0 && (rows <= ROW_GROUP || sizeof(T) == 4)) {
-        weigh(a, a.value_rows, rows, count);
-      } else {
-        for (int j = 0; j < count; ++j) {
-          float* wide = a.values + j * PITCH;
-          for_lanes<DV>([&](int64_t i, int lanes) { store(wide + i, load_lanes(a.value_rows[j] + i, lanes)); });
-          a.wide_values[j] = wide;
-        }
-        weigh(a, a.wide_values, rows, count);
+      for (int h = 0; h < tile.num_kv_heads; ++h, side ^= 1) {
+        const bool same_keys = h + 1 < tile.num_kv_heads;
+        const int64_t next_begin = same_keys ? begin : begin + KEYS;
+        RowsAhead ahead{a.key_rows[side ^ 1], a.value_rows[side ^ 1], keys_from(tile, next_begin)};
+        find_rows(tile, tile.kv_head + (same_keys ? h + 1 : 0), next_begin, ahead.count, a.key_rows[side ^ 1],
+                  a.value_rows[side ^ 1]);
+        for (int v = 0; v < KEY_VECTORS; ++v)
+          if (v * W < count) transpose_keys<DWORDS>(a.key_rows[side] + v * W, a.keys + v * DWORDS * W);
+        attend_block(a, tile, h * head_rows, head_rows, begin, count, mask, a.value_rows[side], ahead);
       }
     }
     for (int r = 0; r < rows; ++r) {
@@ -315,6 +339,33 @@ struct PagedAttention {
     }
   }
 
+  static int keys_from(const AttentionTile& tile, int64_t begin) {
+    const int64_t rest = tile.last_key - begin;
+    return int(rest < 0 ? 0 : rest < KEYS ? rest : KEYS);
+  }
+
+  // The transposed keys and their values into rows [first, first + rows).
+  void attend_block(Scratch& a, const AttentionTile& tile, int first, int rows, int64_t begin, int count, bool mask,
+                    const char* const* value_rows, const RowsAhead& ahead) const {
+    score(a, first, rows);
+    for (int r = 0; r < rows; ++r)
+      softmax_row(a, a.scores + r * KEYS, first + r, query_head(tile, first + r), begin, count, mask);
+    // Few rows read V where it lies; many rows share one conversion to fp32.
+    const T* const* values = reinterpret_cast<const T* const*>(value_rows);
+    if (DV % W == 0 && (rows <= ROW_GROUP || sizeof(T) == 4)) return weigh(a, values, first, rows, count, ahead);
+    for (int j = 0; j < count; ++j) {
+      float* wide = a.values + j * PITCH;
+      for_lanes<DV>([&](int64_t i, int lanes) { store(wide + i, load_lanes(values[j] + i, lanes)); });
+      a.wide_values[j] = wide;
+    }
+    weigh(a, a.wide_values, first, rows, count, ahead);
+  }
+
+  static int query_head(const AttentionTile& tile, int row) {
+    const int head_rows = tile.num_queries * GROUP;
+    return (tile.kv_head + row / head_rows) * GROUP + row % GROUP;
+  }
+
   int64_t tile_begin(const AttentionTile& tile) const {
     const int64_t length = query_start[tile.sequence + 1] - query_start[tile.sequence];
     const int64_t first_position = seq_lens[tile.sequence] - length + tile.first_query;
@@ -324,8 +375,8 @@ struct PagedAttention {
   }
 
   void write_row(const AttentionTile& tile, int row, const float* acc, float sum) const {
-    const int64_t token = query_start[tile.sequence] + tile.first_query + row / GROUP;
-    T* to = out + token * (HQ * DV) + (tile.kv_head * GROUP + row % GROUP) * DV;
+    const int64_t token = query_start[tile.sequence] + tile.first_query + row % (tile.num_queries * GROUP) / GROUP;
+    T* to = out + token * (HQ * DV) + query_head(tile, row) * DV;
     const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
     for_lanes<DV>([&](int64_t i, int lanes) { store_lanes(to + i, load(acc + i) * inverse, lanes); });
   }
@@ -333,7 +384,7 @@ struct PagedAttention {
   // Joins the partial results of `count` tiles that split one range of keys.
   void combine(const AttentionTile* tiles, int count) const {
     alignas(64) float acc[PITCH];
-    for (int r = 0; r < tiles->num_queries * GROUP; ++r) {
+    for (int r = 0; r < tiles->num_queries * GROUP * tiles->num_kv_heads; ++r) {
       float top = -1e30f, sum = 0.0f;
       for (int i = 0; i < count; ++i) {
         const float t = tiles[i].partial[r * (PITCH + 2) + PITCH];
@@ -350,18 +401,20 @@ struct PagedAttention {
     }
   }
 
-  // Calls f(tile) for every tile, its keys not split.
+  // Calls f(tile) for every tile, its keys not split; tiles of one query token hold `decode_heads` KV heads.
   template <class F>
-  void for_tiles(int64_t num_sequences, const F& f) const {
+  void for_tiles(int64_t num_sequences, int decode_heads, const F& f) const {
     for (int64_t s = 0; s < num_sequences; ++s) {
       const int64_t length = query_start[s + 1] - query_start[s];
       for (int64_t j = 0; j < length; j += QUERIES) {
         const int64_t queries = length - j < QUERIES ? length - j : QUERIES;
         const int64_t first_position = seq_lens[s] - length + j;
-        AttentionTile tile{int32_t(s), int32_t(j), int32_t(queries), 0, 0, 0, nullptr};
+        const int heads = queries == 1 ? decode_heads : 1;
+        AttentionTile tile{int32_t(s), int32_t(j), int32_t(queries), 0, 0, 0, 0, nullptr};
         key_range(seq_lens[s], first_position, first_position + queries - 1, &tile.first_key, &tile.last_key);
-        for (int h = 0; h < HKV; ++h) {
+        for (int h = 0; h < HKV; h += heads) {
           tile.kv_head = h;
+          tile.num_kv_heads = HKV - h < heads ? HKV - h : heads;
           f(tile);
         }
       }
@@ -369,11 +422,14 @@ struct PagedAttention {
   }
 
   void run(int64_t num_tokens, int64_t num_sequences, int64_t threads) const {
+    // With sequences enough for the team a decode tile takes all KV heads: a block's heads lie one after another, which
+    // the hardware prefetcher follows.
+    const int decode_heads = num_sequences >= 4 * threads || threads == 1 ? HKV : 1;
     int64_t num_tiles = 0, row_keys = 0, all_keys = 0;
-    for_tiles(num_sequences, [&](const AttentionTile& tile) {
+    for_tiles(num_sequences, decode_heads, [&](const AttentionTile& tile) {
       num_tiles += 1;
       all_keys += tile.last_key - tile.first_key;
-      row_keys += (tile.last_key - tile.first_key) * tile.num_queries * GROUP;
+      row_keys += (tile.last_key - tile.first_key) * tile.num_queries * GROUP * tile.num_kv_heads;
     });
     const int64_t tokens = num_sequences > 0 ? query_start[num_sequences] : 0;
     if (tokens < num_tokens) memset(out + tokens * HQ * DV, 0, (num_tokens - tokens) * HQ * DV * sizeof(T));
@@ -385,7 +441,7 @@ struct PagedAttention {
       share = (share < 256 ? 256 : share) / KEYS * KEYS;
     }
     int64_t num_parts = 0;
-    for_tiles(num_sequences, [&](const AttentionTile& tile) { num_parts += parts(tile, share); });
+    for_tiles(num_sequences, decode_heads, [&](const AttentionTile& tile) { num_parts += parts(tile, share); });
     static thread_local Workspace plan_memory;
     const bool splits = num_parts > num_tiles;
     const size_t tile_bytes = (num_parts * sizeof(AttentionTile) + 63) & ~size_t(63);
@@ -393,7 +449,7 @@ struct PagedAttention {
     AttentionTile* tiles = reinterpret_cast<AttentionTile*>(memory);
     float* partials = reinterpret_cast<float*>(memory + tile_bytes);
     int64_t filled = 0;
-    for_tiles(num_sequences, [&](const AttentionTile& tile) {
+    for_tiles(num_sequences, decode_heads, [&](const AttentionTile& tile) {
       const int64_t count = parts(tile, share);
       for (int64_t i = 0; i < count; ++i) {
         AttentionTile part = tile;
