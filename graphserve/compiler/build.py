@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import torch
@@ -14,9 +15,17 @@ from torch import fx
 
 from graphserve.compiler.canonicalize import canonicalize
 from graphserve.compiler.capture import capture, register_interfaces
-from graphserve.compiler.layers import LayerStack, find_layers, marked, regions, repeat_layers, why_not_repeatable
+from graphserve.compiler.layers import (
+    LayerStack,
+    find_layers,
+    marked,
+    number_layers,
+    regions,
+    repeat_layers,
+    why_not_repeatable,
+)
 from graphserve.compiler.lowering import Lowering, dtype_name
-from graphserve.compiler.pipeline import FUSE, LIFT, PassReport, run_pipeline
+from graphserve.compiler.pipeline import FUSE, LIFT, PassReport, Refusal, Site, run_pipeline
 from graphserve.compiler.refusals import refuse_before_trace
 from graphserve.compiler.rowwise import check_rowwise
 from graphserve.errors import UnsupportedModelError
@@ -27,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item", Site, Refusal)
 
 
 @dataclass
@@ -86,6 +97,7 @@ def build_plan(
     with phase("repeat"):
         if stack is not None:
             gm = repeat_layers(gm, stack)
+            reports = [_repeat_report(report, stack) for report in reports]
             lifted, ctx = ctx, PassContext(gm, max_model_len)
             ctx.weight_recipes |= _repeat_recipes(lifted.weight_recipes, stack)
     with phase("fuse"):
@@ -143,7 +155,9 @@ def _capture_marked(
     model: PreTrainedModel, names: dict[int, str], stack: LayerStack
 ) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
     with marked(model, stack):
-        return _capture_canonical(model, names)
+        gm, constants = _capture_canonical(model, names)
+    number_layers(gm, stack)
+    return gm, constants
 
 
 def _capture_canonical(model: PreTrainedModel, names: dict[int, str]) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
@@ -161,6 +175,25 @@ def _repeat_recipes(recipes: dict[str, WeightRecipe], stack: LayerStack) -> dict
                 renamed = [new + s.removeprefix(old) if s.startswith(old) else s for s in sources]
                 repeated[new + name.removeprefix(old)] = (op, renamed, dim)
     return repeated
+
+
+def _repeat_report(report: PassReport, stack: LayerStack) -> PassReport:
+    """A report on the traced layers as one on all layers that they stand for."""
+    stands_for: dict[int | None, list[int]] = defaultdict(list)
+    for layer in range(stack.depth):
+        stands_for[stack.representative(layer)].append(layer)
+
+    def repeated(items: tuple[_Item, ...]) -> tuple[_Item, ...]:
+        found: list[_Item] = []
+        for item in items:
+            path = f"{stack.path}.{item.layer}"
+            for layer in stands_for.get(item.layer, [item.layer]):
+                module = item.module.replace(path, f"{stack.path}.{layer}", 1) if layer is not None else item.module
+                found.append(msgspec.structs.replace(item, module=module, layer=layer))
+        return tuple(found)
+
+    sites = repeated(report.sites)
+    return msgspec.structs.replace(report, matches=len(sites), sites=sites, refusals=repeated(report.refusals))
 
 
 def _check_attention(gm: fx.GraphModule, model: PreTrainedModel, stack: LayerStack | None) -> None:

@@ -126,7 +126,8 @@ def capture(model: PreTrainedModel, weight_names: dict[int, str] | None = None) 
     Returns:
         GraphModule with inputs ``input_ids`` [1, T], ``positions`` [1, T], ``logits_indices`` [R] (int64) and one
         placeholder per parameter and buffer used; output ``logits[:, logits_indices]`` [1, R, vocab]. Placeholders
-        carry ``meta["gs_input"]`` or ``meta["gs_weight"]``, all nodes ``meta["val"]``.
+        carry ``meta["gs_input"]`` or ``meta["gs_weight"]``, all nodes ``meta["val"]`` and, where known, path and class
+        of their module, ``meta["gs_module"]`` and ``meta["gs_class"]``.
 
     Raises:
         UnsupportedModelError: the model does not trace to one graph with a free token dimension, and why.
@@ -135,12 +136,18 @@ def capture(model: PreTrainedModel, weight_names: dict[int, str] | None = None) 
     parameters = inspect.signature(model.forward).parameters
     takes_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     options = {k: v for k, v in (("use_cache", False), ("return_dict", False)) if k in parameters or takes_kwargs}
+    # Given a number of rows (the default), models with shared KV compute the last layers for these rows alone; given
+    # indices they compute all of them.
+    selects_rows = bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
     if weight_names is None:
         weight_names = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
     describe_experts(model)
     captured: dict[str, Any] = {}
 
     def step(input_ids: torch.Tensor, position_ids: torch.Tensor, logits_indices: torch.Tensor) -> torch.Tensor:
+        if selects_rows:
+            kept = {**options, "logits_to_keep": logits_indices}
+            return model(input_ids=input_ids, position_ids=position_ids, **kept)[0]
         return model(input_ids=input_ids, position_ids=position_ids, **options)[0][:, logits_indices]
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
@@ -177,10 +184,16 @@ def _to_aten(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphMod
     allowed = fake_mode.allow_non_fake_inputs
     fake_mode.allow_non_fake_inputs = True  # constants that the model's Python makes (torch.tensor(3.0))
     try:
-        with torch.no_grad():
-            aten = make_fx(gm, tracing_mode="real", pre_dispatch=True)(*values)
+        with torch.no_grad(), fx.traceback.preserve_node_meta():
+            aten = make_fx(fx.Interpreter(gm).run, tracing_mode="real", pre_dispatch=True)(*values)
     finally:
         fake_mode.allow_non_fake_inputs = allowed
+    for node in aten.graph.nodes:
+        node.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
+        if stack := node.meta.pop("nn_module_stack", None):
+            path, cls = list(stack.values())[-1]
+            node.meta["gs_class"] = cls.__name__
+            node.meta["gs_module"] = path.removeprefix("L['model']").removeprefix(".") or cls.__name__
     inputs = [n for n in aten.graph.nodes if n.op == "placeholder"]
     for node, source, value in zip(inputs, placeholders, values, strict=True):
         node.meta["val"] = value

@@ -210,6 +210,19 @@ def regions(graph: fx.Graph) -> dict[int, Region]:
     return found
 
 
+def number_layers(gm: fx.GraphModule, stack: LayerStack) -> None:
+    """Set ``meta["gs_layer"]`` of each layer's nodes, and the layer's own number in ``meta["gs_module"]``."""
+    for region in regions(gm.graph).values():
+        for node in region.nodes:
+            _place(node, stack.path, region.layer)
+
+
+def _place(node: fx.Node, path: str, layer: int) -> None:
+    node.meta["gs_layer"] = layer
+    if module := node.meta.get("gs_module"):  # numbered by the traced layers alone
+        node.meta["gs_module"] = re.sub(rf"^{re.escape(path)}\.\d+", f"{path}.{layer}", module)
+
+
 def why_not_repeatable(gm: fx.GraphModule, stack: LayerStack) -> str | None:
     """A sentence why the traced layers cannot stand for the others, or None if they can."""
     found = regions(gm.graph)
@@ -331,7 +344,7 @@ def repeat_layers(gm: fx.GraphModule, stack: LayerStack) -> fx.GraphModule:
 
         for node in region.nodes:
             made = copy(node, lookup)
-            made.meta["gs_layer"] = layer
+            _place(made, path, layer)
             if node.target is torch.ops.gs.attention_trace.default:
                 made.args = (*made.args[:4], layer, *made.args[5:])
             local[node] = made

@@ -63,12 +63,8 @@ def check_rowwise(gm: fx.GraphModule) -> None:
 
 
 def _describe(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack")
-    module = ""
-    if stack:
-        path, cls = next(reversed(stack.values()))
-        module = f" in {path} ({getattr(cls, '__name__', cls)})"
-    return f"{node.target} ({node.name}){module}"
+    where = f" in {node.meta['gs_module']} ({node.meta['gs_class']})" if "gs_module" in node.meta else ""
+    return f"{node.target}{where}"
 
 
 def token_dims(value: Any, symbol: Any) -> list[int]:
