@@ -13,11 +13,9 @@ from graphserve.demo import questions, stories
 END_OF_TEXT, TURN_START, TURN_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 VOCAB_SIZE = 2048
 
-# What share of the documents each source gives; the rest are questions and answers.
-RAW_STORY, RAW_WRITTEN, CHAT_STORY, CHAT_WRITTEN = 0.10, 0.32, 0.04, 0.26
-
-_SUBJECT = re.compile(r"\b(an? (?:\w+ )?\w+) named ([A-Z]\w+)")
-_NAMED_IN_REQUEST = ("a story about", "a short story about", "a little story about")
+# What share of the documents each source gives; the rest are questions and answers. More of the real stories makes the
+# text worse at this size: 975 of them are too few to learn their variety from, and are soon known by heart.
+REAL_STORY, WRITTEN_STORY, WRITTEN_CHAT = 0.06, 0.34, 0.32
 
 
 def tidy(story: str) -> str:
@@ -40,17 +38,6 @@ def chat_prompt(question: str) -> str:
     return chat_text([(question, "")]).removesuffix(f"{TURN_END}\n")
 
 
-def request_for(rng: random.Random, story: str) -> str | None:
-    """Return a request that a real story answers ("Tell me a story about a fish named Fin."), if it names its hero."""
-    found = _SUBJECT.search(story[:300])
-    if found is None:
-        return None
-    article_and_noun, name = found.groups()
-    about = rng.choice([f"{article_and_noun} named {name}", article_and_noun, f"{article_and_noun} named {name}"])
-    verb = rng.choice(["Tell me", "Please tell me", "Write", "Can you tell me"])
-    return f"{verb} {rng.choice(_NAMED_IN_REQUEST)} {about}{rng.choice(['.', '.', ''])}"
-
-
 def documents(real: list[str], rng: random.Random) -> Iterator[str]:
     """Yield training documents without end; the real stories come in a new random order each time around."""
     queue: list[str] = []
@@ -62,23 +49,14 @@ def documents(real: list[str], rng: random.Random) -> Iterator[str]:
 
     while True:
         draw = rng.random()
-        if draw < RAW_STORY:
+        if draw < REAL_STORY:
             yield next_real() + END_OF_TEXT
             continue
-        draw -= RAW_STORY
-        if draw < RAW_WRITTEN:
+        if draw < REAL_STORY + WRITTEN_STORY:
             yield stories.write_story(rng)[1] + END_OF_TEXT
             continue
-        draw -= RAW_WRITTEN
         turns: list[tuple[str, str]] = []
-        if draw < CHAT_STORY:
-            story = next_real()
-            request = request_for(rng, story)
-            if request is None:
-                yield story + END_OF_TEXT
-                continue
-            turns.append((request, story))
-        elif draw - CHAT_STORY < CHAT_WRITTEN:
+        if draw < REAL_STORY + WRITTEN_STORY + WRITTEN_CHAT:
             turns.append(stories.write_story(rng))
         else:
             turns.extend(questions.draw_question(rng) for _ in range(rng.choice([1, 1, 2, 3])))

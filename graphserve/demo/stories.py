@@ -52,13 +52,18 @@ def expand(rng: random.Random, template: str, slots: dict[str, str]) -> str:
 def draw_cast(rng: random.Random) -> dict[str, str]:
     """Draw hero, friend and things of one story, with the pronouns that go with their names."""
     kind = rng.choice(rng.choice([plots.ANIMALS, plots.ANIMALS, plots.WOMEN, plots.MEN]))
+    is_classic = rng.random() < 0.15  # the hero that most real stories have
+    if is_classic:
+        kind = rng.choice(["girl", "girl", "girl", "boy"])
     friend_kind = rng.choice([animal for animal in plots.ANIMALS if animal != kind])
     names = plots.GIRLS if kind in plots.WOMEN else plots.BOYS if kind in plots.MEN else plots.GIRLS + plots.BOYS
-    name = rng.choice(names)
+    name = names[0] if is_classic else rng.choice(names)
     friend = rng.choice([other for other in plots.GIRLS + plots.BOYS if other != name])
     he, him, his = _PRONOUNS[name in plots.GIRLS]
     friend_he, _, friend_his = _PRONOUNS[friend in plots.GIRLS]
     adjective, other_adjective = rng.sample(plots.ADJECTIVES, 2)
+    if is_classic:
+        adjective = "little"
     thing = rng.choice(plots.OBJECTS)
     food = rng.choice(plots.FOODS)
     return {
