@@ -21,6 +21,7 @@ from graphserve.passes import (
     attention,
     canonical_forms,
     common_subexpressions,
+    dense_experts,
     embedding,
     functionalize,
     glu,
@@ -56,6 +57,7 @@ LIFT: tuple[Pass, ...] = (
     rope.PASS,
     row_reshape.PASS,  # after the row-wise ops are lifted: it moves reshapes behind them
     no_ops.PASS,  # removes the pairs of reshapes that now meet
+    dense_experts.PASS,  # after glu and no_ops: the products of all experts then meet without reshapes between
 )
 
 # At full depth, markers gone: what reaches over layers, and what numbers them.

@@ -41,6 +41,7 @@ from graphserve.passes.match import (
     only_user,
     pairs,
     rank,
+    reshape_arg,
     same_shape,
     same_size,
     shape,
@@ -130,10 +131,9 @@ def _rotation_complex(node: fx.Node) -> dict[str, Any] | None:
         paired = turned.args[0] if is_op(turned, aten.view_as_complex.default) else None
         if not is_op(paired, aten.reshape.default) or not is_tensor(freqs) or not dtype(freqs).is_complex:
             continue
-        x = paired.args[0]
-        if same_shape(shape(x), shape(node)):
-            nodes = (paired, turned, product, real, node)
-            return {"x": x, "freqs": freqs, "style": "interleaved", "nodes": nodes}
+        # The pairs may have been cut straight out of a product [1, T, H * D]: x is then reshaped to the heads.
+        nodes = (paired, turned, product, real, node)
+        return {"x": paired.args[0], "freqs": freqs, "style": "interleaved", "nodes": nodes}
     return None
 
 
@@ -169,6 +169,8 @@ def pattern(node: fx.Node) -> Match | None:
 def _result(match: Match) -> tuple[fx.Node, fx.Node]:
     """``(input, last node)`` with the casts around the rotation included where the result has the input's dtype."""
     node, x = match.root, strip_cast(match["x"])
+    if not same_shape(shape(x), shape(node)):
+        x = match["x"]
     if dtype(node) == dtype(x):
         return x, node
     user = only_user(node)
@@ -193,14 +195,16 @@ def check(match: Match, ctx: PassContext) -> str | None:
     x, last = _result(match)
     if match["style"] not in ("half", "interleaved", "interleaved_to_half"):
         return f"columns go from {match['style'].replace('_to_', ' to ')} layout, which gs.rope does not write"
-    if rank(x) != 4 or shape(x)[0] != 1:
-        return f"the rotated tensor is {list(shape(x))}, neither [1, H, T, D] nor [1, T, H, D]"
+    if rank(last) != 4 or shape(last)[0] != 1:
+        return f"the rotated tensor is {list(shape(last))}, neither [1, H, T, D] nor [1, T, H, D]"
+    if not same_shape(shape(x), shape(last)) and reshape_arg(shape(last)) is None:
+        return f"{list(shape(x))} cannot be reshaped to {list(shape(last))}"
     if dtype(x) != dtype(last) or dtype(x) not in FLOATS:
         return f"the input is {dtype(x)}, the result {dtype(last)}"
     tables = (match["freqs"],) if "freqs" in match.captures else (match["cos"], match["sin"])
     for table in tables:
-        if _heads_axis(table, x) is None:
-            return f"the table {list(shape(table))} does not give one row a token of {list(shape(x))}"
+        if _heads_axis(table, last) is None:
+            return f"the table {list(shape(table))} does not give one row a token of {list(shape(last))}"
     return None
 
 
@@ -223,6 +227,8 @@ def replacement(match: Match, ctx: PassContext) -> dict[fx.Node, fx.Node]:
     x, last = _result(match)
     style = match["style"]
     with ctx.graph.inserting_before(last):
+        if not same_shape(shape(x), shape(last)):
+            x = ctx.emit(aten.reshape.default, x, reshape_arg(shape(last)))
         if "freqs" in match.captures:
             heads = _heads_axis(match["freqs"], x)
             turns = ctx.emit(aten.view_as_real.default, _table(ctx, match["freqs"], x))
