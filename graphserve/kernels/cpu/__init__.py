@@ -6,11 +6,12 @@ sequence = CompiledSequence(library, [(library.function_pointer(kernel.symbol), 
 sequence.run(num_tokens=1, num_rows=1, num_sequences=1, num_threads=2)
 """
 
+from graphserve.kernels.arg_spec import ArgSpec, Refusal
 from graphserve.kernels.cpu.build import Library, build, missing_libraries
 from graphserve.kernels.cpu.compiler import compiler
 from graphserve.kernels.cpu.generate import generate
 from graphserve.kernels.cpu.isa import ISA_LEVELS, available_levels, isa_level
-from graphserve.kernels.cpu.kernel import ArgSpec, CppKernel, Refusal
+from graphserve.kernels.cpu.kernel import CppKernel
 from graphserve.kernels.cpu.packing import pack_linear_weight, pack_moe_weights, unpack_linear_weight
 from graphserve.kernels.cpu.sequence import CompiledSequence
 

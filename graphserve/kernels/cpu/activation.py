@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from graphserve.kernels.cpu.entries import Call, Entry, call_template
-from graphserve.kernels.cpu.kernel import (
-    NUM_THREADS,
-    ArgSpec,
-    Refused,
-    pointer,
-    require_same_dtype,
-    require_unit_stride,
-    rows_of,
-)
+from graphserve.kernels.arg_spec import ArgSpec, Call, Refused, require_unit_stride
+from graphserve.kernels.cpu.entries import Entry, call_template
+from graphserve.kernels.cpu.kernel import NUM_THREADS, pointer, require_same_dtype, rows_of
 
 CPP_ACTIVATIONS = {
     "silu": "Silu",

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from graphserve.kernels.cpu.entries import Call, Entry, flag
-from graphserve.kernels.cpu.kernel import (
-    ITEM_SIZES,
-    NUM_THREADS,
-    Refused,
-    cpp_dim,
-    cpp_float,
-    pointer,
-    require_same_dtype,
-    require_unit_stride,
-)
+from graphserve.kernels.arg_spec import ITEM_SIZES, Call, Refused, require_unit_stride
+from graphserve.kernels.cpu.entries import Entry, flag
+from graphserve.kernels.cpu.kernel import NUM_THREADS, cpp_dim, cpp_float, pointer, require_same_dtype
 
 # The scratch of a thread grows with the head size; beyond this it would leave the L2 cache.
 MAX_HEAD_DIM = 1024

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from graphserve.kernels.cpu.entries import Call, Entry, call_template
-from graphserve.kernels.cpu.kernel import (
-    NUM_THREADS,
-    Refused,
-    cpp_dim,
-    pointer,
-    product,
-    require_same_dtype,
-    require_unit_stride,
-    rows_of,
-)
+from graphserve.kernels.arg_spec import Call, Refused, product, require_unit_stride
+from graphserve.kernels.cpu.entries import Entry, call_template
+from graphserve.kernels.cpu.kernel import NUM_THREADS, cpp_dim, cpp_type_of, pointer, require_same_dtype, rows_of
 
 
 def embedding(call: Call) -> Entry:
@@ -32,7 +24,7 @@ def _gather(call: Call, ids_at: int, table_at: int) -> Entry:
         raise Refused(f"indices must be int64 or int32, got {ids.dtype}")
     for name, spec in (("indices", ids), ("table", table), ("output", out)):
         require_unit_stride(spec, name)
-    template_args = [cpp_type, ids.cpp_type, str(table.int_dim(-1))]
+    template_args = [cpp_type, cpp_type_of(ids), str(table.int_dim(-1))]
     tail = [pointer(ids, ids_at), pointer(out, 2, const=False), cpp_dim(product(ids.shape)), NUM_THREADS]
     if call.attrs.get("packed", False):
         args = [f"static_cast<const char*>(p[{table_at}])", *tail]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from graphserve.kernels.arg_spec import ArgSpec, Call, Refusal, Refused
 from graphserve.kernels.cpu import activation, attention, embedding, linear, moe, norm, rope_kv
-from graphserve.kernels.cpu.entries import Call, EntryGenerator
+from graphserve.kernels.cpu.entries import EntryGenerator
 from graphserve.kernels.cpu.isa import ISA_LEVELS
-from graphserve.kernels.cpu.kernel import ArgSpec, CppKernel, Refusal, Refused, make_kernel
+from graphserve.kernels.cpu.kernel import CppKernel, make_kernel
 
 GENERATORS: dict[str, EntryGenerator] = {
     "rms_norm": norm.norm,

@@ -10,64 +10,14 @@ from importlib import resources
 
 import msgspec
 
-Dim = int | str
+from graphserve.kernels.arg_spec import ArgSpec, Dim, Refused, row_layout
 
 CPP_TYPES = {"float32": "float", "bfloat16": "bf16", "int64": "int64_t", "int32": "int32_t"}
-ITEM_SIZES = {"float32": 4, "bfloat16": 2, "int64": 8, "int32": 4}
 
 # Step scalars by name, as the kernels' second argument holds them; B_0, B_1, ... follow.
 _SCALARS = {"T": "s[0]", "R": "s[1]", "S": "s[2]"}
 NUM_THREADS = "s[3]"
 _TOKEN = re.compile(r"\s*(\d+|[A-Z](?:_\d+)?|//|[-+*()])")
-
-
-class Refused(Exception):
-    """A generator cannot express its arguments; :func:`graphserve.kernels.cpu.generate` returns it as a Refusal."""
-
-
-class Refusal(msgspec.Struct, frozen=True):
-    """Why no C++ kernel was generated; the launch stays with its reference."""
-
-    reason: str
-
-
-class ArgSpec(msgspec.Struct, frozen=True):
-    """One tensor argument.
-
-    ``shape`` and ``strides`` hold ints and affine strings in T, R, S and B_g (``"T"``, ``"4*T"``); ``strides`` count
-    elements, None means contiguous.
-    """
-
-    dtype: str
-    shape: tuple[Dim, ...]
-    strides: tuple[Dim, ...] | None = None
-
-    @property
-    def cpp_type(self) -> str:
-        """The C++ name of the element type."""
-        if self.dtype not in CPP_TYPES:
-            raise Refused(f"dtype {self.dtype} has no C++ kernels: only {', '.join(CPP_TYPES)}")
-        return CPP_TYPES[self.dtype]
-
-    def int_dim(self, axis: int) -> int:
-        """A dimension that must be known when the kernel is generated."""
-        size = self.shape[axis]
-        if not isinstance(size, int):
-            raise Refused(f"dimension {axis} of shape {self.shape} must be a constant")
-        return size
-
-    def stride(self, axis: int) -> Dim:
-        """Stride of one dimension in elements, computed for a contiguous tensor where none is given."""
-        if self.strides is not None:
-            return self.strides[axis]
-        return product(self.shape[axis % len(self.shape) + 1 :])
-
-    def int_stride(self, axis: int) -> int:
-        """A stride that must be known when the kernel is generated."""
-        stride = self.stride(axis)
-        if not isinstance(stride, int):
-            raise Refused(f"stride {axis} of shape {self.shape} must be a constant, got {stride!r}")
-        return stride
 
 
 class CppKernel(msgspec.Struct, frozen=True):
@@ -96,18 +46,11 @@ class Rows:
     cpp_type: str  # Rows<INNER, OUTER_STRIDE, INNER_STRIDE>
 
 
-def product(dims: tuple[Dim, ...]) -> Dim:
-    """Product of dimensions, an int where all are ints."""
-    number = 1
-    symbols: list[str] = []
-    for dim in dims:
-        if isinstance(dim, int):
-            number *= dim
-        else:
-            symbols.append(f"({dim})")
-    if not symbols:
-        return number
-    return "*".join(symbols + ([str(number)] if number != 1 else []))
+def cpp_type_of(spec: ArgSpec) -> str:
+    """The C++ name of the element type."""
+    if spec.dtype not in CPP_TYPES:
+        raise Refused(f"dtype {spec.dtype} has no C++ kernels: only {', '.join(CPP_TYPES)}")
+    return CPP_TYPES[spec.dtype]
 
 
 def cpp_dim(dim: Dim) -> str:
@@ -134,37 +77,9 @@ def _scalar(token: str, dim: str) -> str:
 
 
 def rows_of(spec: ArgSpec, trailing: int = 1) -> Rows:
-    """View all but the last ``trailing`` dimensions as rows with at most two strides.
-
-    Raises:
-        Refused: the leading dimensions need more than two strides, or one with an unknown size is not outermost.
-    """
-    merged: list[tuple[Dim, int]] = []  # (size, stride), outermost first
-    for axis in range(len(spec.shape) - trailing):
-        size = spec.shape[axis]
-        if size == 1:
-            continue
-        stride = spec.int_stride(axis)
-        if merged and isinstance(size, int) and merged[-1][1] == size * stride:
-            outer = merged[-1][0]
-            merged[-1] = (outer * size if isinstance(outer, int) else product((outer, size)), stride)
-        else:
-            merged.append((size, stride))
-    count = product(tuple(size for size, _ in merged))
-    if not merged:
-        return Rows("1", "Rows<1, 0, 0>")
-    if len(merged) == 1:
-        return Rows(cpp_dim(count), f"Rows<1, {merged[0][1]}, 0>")
-    inner, inner_stride = merged[1]
-    if len(merged) > 2 or not isinstance(inner, int):
-        raise Refused(f"shape {spec.shape} with strides {spec.strides} is not a list of rows with two strides")
-    return Rows(cpp_dim(count), f"Rows<{inner}, {merged[0][1]}, {inner_stride}>")
-
-
-def require_unit_stride(spec: ArgSpec, name: str) -> None:
-    """Refuse a tensor whose last dimension is not contiguous."""
-    if spec.shape[-1] != 1 and spec.stride(-1) != 1:
-        raise Refused(f"{name} must be contiguous in its last dimension, got strides {spec.strides}")
+    """View all but the last ``trailing`` dimensions as rows, see :func:`graphserve.kernels.arg_spec.row_layout`."""
+    layout = row_layout(spec, trailing)
+    return Rows(cpp_dim(layout.count), f"Rows<{layout.inner}, {layout.outer_stride}, {layout.inner_stride}>")
 
 
 def require_same_dtype(*specs: tuple[str, ArgSpec]) -> str:
@@ -175,7 +90,7 @@ def require_same_dtype(*specs: tuple[str, ArgSpec]) -> str:
     for other, spec in specs[1:]:
         if spec.dtype != first.dtype:
             raise Refused(f"{other} is {spec.dtype} where {name} is {first.dtype}: they must be equal")
-    return first.cpp_type
+    return cpp_type_of(first)
 
 
 def cpp_float(value: float) -> str:
@@ -187,7 +102,7 @@ def cpp_float(value: float) -> str:
 
 def pointer(spec: ArgSpec | None, index: int, const: bool = True, cpp_type: str | None = None) -> str:
     """Pointer argument ``index`` cast to the tensor's type; absent tensors become null."""
-    name = cpp_type or (spec.cpp_type if spec is not None else "float")
+    name = cpp_type or (cpp_type_of(spec) if spec is not None else "float")
     qualified = f"const {name}" if const else name
     return f"static_cast<{qualified}*>({f'p[{index}]' if spec is not None else 'nullptr'})"
 

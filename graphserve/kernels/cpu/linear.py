@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from graphserve.kernels.cpu.entries import Call, Entry, call_template
-from graphserve.kernels.cpu.kernel import (
-    NUM_THREADS,
-    pointer,
-    require_same_dtype,
-    require_unit_stride,
-    rows_of,
-)
+from graphserve.kernels.arg_spec import Call, require_unit_stride
+from graphserve.kernels.cpu.entries import Entry, call_template
+from graphserve.kernels.cpu.kernel import NUM_THREADS, cpp_type_of, pointer, require_same_dtype, rows_of
 
 
 def linear(call: Call) -> Entry:
@@ -22,7 +17,7 @@ def linear(call: Call) -> Entry:
     require_unit_stride(out, "output")
     rows = rows_of(x)
     template_args = [
-        *(cpp_type, bias_type, out.cpp_type, str(weight.int_dim(1)), str(weight.int_dim(0))),
+        *(cpp_type, bias_type, cpp_type_of(out), str(weight.int_dim(1)), str(weight.int_dim(0))),
         *(rows.cpp_type, rows_of(out).cpp_type),
     ]
     pointers = [pointer(x, 0), "p[1]", pointer(bias, 2, cpp_type=bias_type), pointer(out, 3, const=False)]

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
+from graphserve.kernels.arg_spec import Call, Refused, require_unit_stride
 from graphserve.kernels.cpu.activation import cpp_activation
-from graphserve.kernels.cpu.entries import Call, Entry, flag
-from graphserve.kernels.cpu.kernel import (
-    NUM_THREADS,
-    Refused,
-    cpp_float,
-    pointer,
-    require_same_dtype,
-    require_unit_stride,
-    rows_of,
-)
+from graphserve.kernels.cpu.entries import Entry, flag
+from graphserve.kernels.cpu.kernel import NUM_THREADS, cpp_float, pointer, require_same_dtype, rows_of
 from graphserve.kernels.moe import CLAMPED_SWIGLU
 
 

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from graphserve.kernels.cpu.entries import Call, Entry, call_template, flag
-from graphserve.kernels.cpu.kernel import (
-    NUM_THREADS,
-    ArgSpec,
-    cpp_float,
-    pointer,
-    require_same_dtype,
-    require_unit_stride,
-    rows_of,
-)
+from graphserve.kernels.arg_spec import ArgSpec, Call, require_unit_stride
+from graphserve.kernels.cpu.entries import Entry, call_template, flag
+from graphserve.kernels.cpu.kernel import NUM_THREADS, cpp_float, pointer, require_same_dtype, rows_of
 
 
 def norm(call: Call) -> Entry:

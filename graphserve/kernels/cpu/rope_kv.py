@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from graphserve.kernels.cpu.entries import Call, Entry, call_template, flag
-from graphserve.kernels.cpu.kernel import (
-    NUM_THREADS,
-    ArgSpec,
-    Refused,
-    cpp_dim,
-    cpp_float,
-    pointer,
-    require_same_dtype,
-    require_unit_stride,
-)
+from graphserve.kernels.arg_spec import ArgSpec, Call, Refused, require_unit_stride
+from graphserve.kernels.cpu.entries import Entry, call_template, flag
+from graphserve.kernels.cpu.kernel import NUM_THREADS, cpp_dim, cpp_float, pointer, require_same_dtype
 
 STYLES = {"half": "HALF", "interleaved": "INTERLEAVED", "interleaved_to_half": "INTERLEAVED_TO_HALF"}
 

@@ -1,0 +1,60 @@
+"""From an op with literal shapes to Triton kernels, or the reason there are none."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from graphserve.kernels.arg_spec import ArgSpec, Call, Refusal, Refused
+from graphserve.kernels.triton.kernel import TARGETS, TritonKernel
+
+Generated = TritonKernel | list[TritonKernel]
+Generator = Callable[[Call, str], Generated]
+
+# Op → module of this package with a function of the op's name that generates it.
+GENERATORS: dict[str, tuple[str, str]] = {
+    "rms_norm": ("norm", "norm"),
+    "add_rms_norm": ("norm", "norm"),
+    "layer_norm": ("norm", "norm"),
+    "add_layer_norm": ("norm", "norm"),
+}
+
+
+def generator_of(op: str) -> Generator | None:
+    """The generator of an op (without ``gs.``), None where there is none."""
+    if op not in GENERATORS:
+        return None
+    module, function = GENERATORS[op]
+    generator: Generator = getattr(importlib.import_module(f"graphserve.kernels.triton.{module}"), function)
+    return generator
+
+
+def generate(
+    op: str, attrs: dict[str, Any], args: list[ArgSpec | None], outputs: list[ArgSpec], target: str
+) -> Generated | Refusal:
+    """Generate the kernel of one launch.
+
+    Args:
+        op: op name, with or without the ``gs.`` prefix; ``gather_rows`` stands for an index_select of rows.
+        attrs: the op's non-tensor arguments by name.
+        args: its tensor arguments in schema order, None for absent ones.
+        outputs: its results in order.
+        target: one of :data:`graphserve.kernels.triton.kernel.TARGETS`.
+
+    Returns:
+        The kernel, a list of kernels to launch in order, or a Refusal whose reason names what is not covered.
+
+    Raises:
+        ValueError: unknown target.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target {target!r} is unknown: use one of {', '.join(TARGETS)}")
+    name = op.removeprefix("gs.")
+    generator = generator_of(name)
+    if generator is None:
+        return Refusal(f"{op} has no Triton generator")
+    try:
+        return generator(Call(name, attrs, args, outputs), target)
+    except Refused as refused:
+        return Refusal(f"{op}: {refused}")

@@ -1,0 +1,61 @@
+"""Triton's interpreter beside its compiler, in one process.
+
+Triton chooses between the two when ``@triton.jit`` runs, from an environment variable that must be set before its
+first import, and its interpreter leaves the language module changed. Here the functions of one generated module, and
+those of Triton's own library while a kernel runs, are wrapped for the interpreter, and every changed name is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import triton.experimental.gluon  # noqa: F401  imported by Triton at the first launch, and fails in the changed language
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+_library: dict[int, InterpretedFunction] = {}  # by id of the library's JITFunction, which lives as long as triton
+
+
+class Interpreted:
+    """A generated module for the interpreter. Its functions are replaced by interpreted ones for good."""
+
+    def __init__(self, module: ModuleType) -> None:
+        for name, value in vars(module).items():
+            if isinstance(value, JITFunction):
+                setattr(module, name, InterpretedFunction(value.fn))
+        self._module = module
+
+    def __call__(self, symbol: str, grid: tuple[int, int, int], values: Sequence[Any]) -> None:
+        """Run one program after another over ``grid``; an empty grid runs nothing."""
+        if 0 in grid:
+            return
+        with _interpreted_language():
+            getattr(self._module, symbol)[grid](*values)
+
+
+@contextmanager
+def _interpreted_language() -> Iterator[None]:
+    modules = [tl, tl.core, tl.math, tl.standard, tl.random]
+    classes = [tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base]
+    if hasattr(tl.core, "condition"):
+        classes.append(tl.core.condition)
+    before = [(owner, dict(vars(owner))) for owner in (*modules, *classes)]
+    try:
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction):
+                    setattr(module, name, _library.setdefault(id(value), InterpretedFunction(value.fn)))
+        yield
+    finally:
+        for owner, names in before:
+            for name, value in list(vars(owner).items()):
+                if name not in names:
+                    # The interpreter adds names it needs to modules, and its rewritten functions keep using them.
+                    if owner in classes:
+                        delattr(owner, name)
+                elif value is not names[name]:
+                    setattr(owner, name, names[name])

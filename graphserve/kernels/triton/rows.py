@@ -1,0 +1,95 @@
+"""Programs that work on whole rows: how many rows a program takes, how its tensors are addressed and masked."""
+
+from __future__ import annotations
+
+from graphserve.kernels.arg_spec import ArgSpec, Dim, Refused, require_unit_stride, row_layout
+from graphserve.kernels.triton.kernel import KernelText, next_power_of_2
+
+MAX_WIDTH = 16384
+# Elements a program holds where rows are short, and elements a thread holds where they are long: two 128-bit loads
+# of bf16. Fewer leave bandwidth unused, more cost registers that hide latency.
+_PROGRAM_ELEMENTS = 2048
+_THREAD_ELEMENTS = 16
+
+
+class RowProgram:
+    """Text of a program over ``[ROWS, BLOCK]`` elements: some rows, and all columns padded to a power of two.
+
+    Args:
+        text: the kernel being written.
+        rows: a tensor whose leading dimensions are the rows.
+        width: columns of a row.
+        target: decides the lanes of a warp.
+
+    Raises:
+        Refused: rows longer than 16384.
+    """
+
+    def __init__(self, text: KernelText, rows: ArgSpec, width: int, target: str) -> None:
+        if width > MAX_WIDTH:
+            raise Refused(f"rows of {width} elements are longer than {MAX_WIDTH}")
+        self._text = text
+        self.count: Dim = row_layout(rows).count
+        self.block = max(16, next_power_of_2(width))
+        self.rows = max(1, _PROGRAM_ELEMENTS // self.block)
+        if isinstance(self.count, int):
+            self.rows = min(self.rows, next_power_of_2(self.count))
+        lanes = 64 if target.startswith("hip") else 32
+        self.num_warps = min(16, max(1, self.block * self.rows // (lanes * _THREAD_ELEMENTS)))
+        text.constants(D=width, BLOCK=self.block, ROWS=self.rows)
+        self._masks_columns = self.block != width
+        self._masks_rows = self.rows > 1 and self.count != self.rows
+
+    @property
+    def grid(self) -> tuple[Dim, Dim, Dim]:
+        """One program for each ``ROWS`` rows."""
+        return (f"cdiv({self.count}, {self.rows})" if self.rows > 1 else self.count, 1, 1)
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """Step scalars that the masks read."""
+        if not self._masks_rows or isinstance(self.count, int):
+            return ()
+        return tuple(name for name in ("T", "R", "S") if name in self.count)
+
+    @property
+    def head(self) -> str:
+        """Statements that define ``row``, ``column`` and, where some elements lie outside, ``mask``."""
+        lines = ["column = tl.arange(0, BLOCK)[None, :]"]
+        if self.rows == 1:
+            lines.insert(0, "row = tl.program_id(0).to(tl.int64)")
+        else:
+            lines.insert(0, "row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]")
+        conditions = (["(column < D)"] if self._masks_columns else []) + (
+            [f"(row < {self.count})"] if self._masks_rows else []
+        )
+        if conditions:
+            lines.append(f"mask = {' & '.join(conditions)}")
+        return "\n".join(lines)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether some elements of a program lie outside the tensor."""
+        return self._masks_columns or self._masks_rows
+
+    def load(self, pointer: str, constant: str, spec: ArgSpec) -> str:
+        """Expression of the program's elements of ``spec`` (shape ``[ROWS, BLOCK]``, the tensor's dtype, 0 outside)."""
+        require_unit_stride(spec, pointer)
+        mask = ", mask=mask, other=0.0" if self.is_masked else ""
+        return f"tl.load({pointer} + {self._text.row_start(constant, spec)} + column{mask})"
+
+    def load_columns(self, pointer: str) -> str:
+        """Expression of one value a column (shape ``[1, BLOCK]``), for weights and biases."""
+        mask = ", mask=column < D, other=0.0" if self._masks_columns else ""
+        return f"tl.load({pointer} + column{mask})"
+
+    def store(self, pointer: str, constant: str, spec: ArgSpec, value: str) -> str:
+        """Statement that writes ``value`` to the program's elements of ``spec``, rounded to its dtype."""
+        require_unit_stride(spec, pointer)
+        mask = ", mask=mask" if self.is_masked else ""
+        return f"tl.store({pointer} + {self._text.row_start(constant, spec)} + column, {value}{mask})"
+
+    def store_row(self, pointer: str, value: str) -> str:
+        """Statement that writes one value a row (``value`` of shape ``[ROWS, 1]``) to a contiguous tensor."""
+        mask = f", mask=row < {self.count}" if self._masks_rows else ""
+        return f"tl.store({pointer} + row + tl.zeros([ROWS, 1], tl.int64), {value}{mask})"
