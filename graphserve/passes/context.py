@@ -6,7 +6,7 @@ Nothing here carries a fact from a pass's check to its replacement; a pass reads
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,7 @@ class PassContext:
         self.cache_groups: dict[tuple[int | None, int | None], list[int]] = {}
         self.fake_mode = _fake_mode(gm.graph)
         self._sizes: dict[str, torch.SymInt] = {}
+        self._results: dict[Hashable, Any] = {}
         self._placeholders = {
             (key, node.meta[key]): node
             for node in gm.graph.nodes
@@ -90,7 +91,17 @@ class PassContext:
         return node
 
     def fake_result(self, node: fx.Node) -> Any:
-        """The value a call has on its arguments' fake values; adds no guard on T."""
+        """The value a call has on its arguments' fake values; adds no guard on T.
+
+        Calls of one op on arguments of equal shapes, strides and dtypes share one value: layers repeat, fake tensors
+        have no contents, and the graph is functional.
+        """
+        key = _described((node.target, node.args, node.kwargs))
+        if key not in self._results:
+            self._results[key] = self._compute_fake_result(node)
+        return self._results[key]
+
+    def _compute_fake_result(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         assert callable(node.target) and self.fake_mode.shape_env is not None
         with self.fake_mode, self.fake_mode.shape_env.suppress_guards(), torch.no_grad():
@@ -113,9 +124,12 @@ class PassContext:
         return self.placeholder(name, "gs_weight", like)
 
     def empty(self, sizes: tuple[Any, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A fake tensor in the graph's fake mode."""
-        with self.fake_mode:
-            return torch.empty(sizes, dtype=dtype, device=self._device())
+        """A fake tensor in the graph's fake mode; one for all of a size and dtype."""
+        key = _described(("empty", sizes, dtype))
+        if key not in self._results:
+            with self.fake_mode:
+                self._results[key] = torch.empty(sizes, dtype=dtype, device=self._device())
+        return self._results[key]
 
     def step_input(self, name: str) -> fx.Node:
         """``query_start_loc`` [S+1] int32, ``seq_lens`` [S] int32 or ``positions`` [1, T] int64."""
@@ -178,6 +192,23 @@ def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
         if isinstance(val := node.meta.get("val"), FakeTensor):
             return val.fake_mode
     raise ValueError("the graph holds no fake tensors: capture it with meta['val'] on every node")
+
+
+def _described(argument: Any) -> Hashable:
+    """Equal for two arguments exactly when an op cannot tell them apart but by the contents of tensors."""
+    if isinstance(argument, fx.Node):
+        return _described(argument.meta["val"])
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, str(argument.device), _described(argument.shape), _described(argument.stride())
+    if isinstance(argument, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return "symbol", argument.node.expr
+    if isinstance(argument, (list, tuple)):
+        return type(argument) is list, *map(_described, argument)
+    if isinstance(argument, dict):
+        return tuple((key, _described(value)) for key, value in sorted(argument.items()))
+    if isinstance(argument, (bool, int, float)):
+        return type(argument).__name__, repr(argument)  # 1, 1.0 and True are different arguments; so are 0.0 and -0.0
+    return argument  # type: ignore[no-any-return]  # an op, a dtype, a string, None
 
 
 def _in_mode(val: Any, mode: FakeTensorMode) -> bool:
