@@ -5,8 +5,8 @@
 
 The gather moves up over every row-wise op whose result is wanted for those rows only: softcap, lm_head, final norm,
 and the last layer's MLP, norms, residual adds and output projection. It stops at the last attention, at the residual
-stream that feeds it, and at any op that is not known to treat each row alone. Exact per row; a matrix product over fewer
-rows may sum in another order.
+stream that feeds it, and at any op that is not known to treat each row alone. Legal because those ops treat each row
+alone and nobody reads their other rows. Exact per row; a matrix product over fewer rows may sum in another order.
 """
 
 from __future__ import annotations
