@@ -24,7 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from graphserve.kernels.triton.kernel import TARGETS, TritonKernel
+from graphserve.kernels.triton.grid import evaluate, grid_size
+from graphserve.kernels.triton.kernel import TARGETS, TRITON_TYPES, TritonKernel
 from graphserve.plan.cache_dir import cache_dir
 
 _FORMAT = 1  # raised whenever CompiledKernel changes
@@ -104,37 +105,39 @@ def compile_for(kernel: TritonKernel, target: str) -> CompiledKernel:
         return compiled
 
 
-def interpret(kernel: TritonKernel, tensors: Sequence[Any], scalars: Mapping[str, int]) -> None:
-    """Run a kernel in Triton's interpreter on CPU tensors; writes the outputs in place.
+def interpret(
+    kernels: TritonKernel | Sequence[TritonKernel], tensors: Sequence[Any], scalars: Mapping[str, int]
+) -> None:
+    """Run the kernels of one launch in Triton's interpreter on CPU tensors; writes the outputs in place.
 
     The interpreter is exact in fp32 and fp16 only: its bf16 arithmetic is not.
 
     Args:
-        kernel: the kernel.
+        kernels: what ``generate`` gave, one kernel or several that share their scratch memory.
         tensors: the launch's tensor arguments followed by its outputs (torch tensors, None for absent ones).
         scalars: step scalars by name.
     """
     import torch
 
-    from graphserve.kernels.triton.grid import evaluate, grid_size
     from graphserve.kernels.triton.interpreter import Interpreted
 
-    scratch = torch.zeros(max(16, evaluate(kernel.scratch, scalars)), dtype=torch.uint8)
-    values: list[Any] = []
-    for argument in kernel.arguments:
-        if isinstance(argument.source, int):
-            values.append(tensors[argument.source])
-        elif argument.source == "scratch":
-            values.append(scratch.view(_torch_dtype(argument.type)))
-        else:
-            values.append(int(scalars[argument.source]))
-    Interpreted(_load_module(kernel, "interpreted"))(kernel.symbol, grid_size(kernel.grid, scalars), values)
+    kernels = [kernels] if isinstance(kernels, TritonKernel) else list(kernels)
+    scratch_bytes = max(evaluate(kernel.scratch, scalars) for kernel in kernels)
+    scratch = torch.zeros(scratch_bytes // 16 * 16 + 16, dtype=torch.uint8)
+    for kernel in kernels:
+        values: list[Any] = []
+        for argument in kernel.arguments:
+            if isinstance(argument.source, int):
+                values.append(tensors[argument.source])
+            elif argument.source == "scratch":
+                values.append(scratch.view(_torch_dtype(argument.type)))
+            else:
+                values.append(int(scalars[argument.source]))
+        Interpreted(_load_module(kernel, "interpreted"))(kernel.symbol, grid_size(kernel.grid, scalars), values)
 
 
 def _torch_dtype(pointer_type: str) -> Any:
     import torch
-
-    from graphserve.kernels.triton.kernel import TRITON_TYPES
 
     names = {triton_name: name for name, triton_name in TRITON_TYPES.items()}
     return getattr(torch, names[pointer_type.removeprefix("*")])
