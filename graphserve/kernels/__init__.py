@@ -6,12 +6,23 @@ Importing this package registers nothing, so that the engine side can import nam
 
 from __future__ import annotations
 
+import functools
 import importlib
+from types import FunctionType
 
-FAMILIES = ("norm", "linear", "activation", "rope", "kv_cache", "attention", "moe", "embedding")
+from graphserve import plugins
+
+FAMILIES = ("norm", "linear", "activation", "rope", "kv_cache", "attention", "moe", "embedding", "quantize")
 
 
+@functools.cache
 def register_all() -> None:
-    """Register every op of every family. Calling it again does nothing (modules register at import)."""
+    """Register every op of every family, other distributions' families too. Calling it again does nothing.
+
+    Raises:
+        ConfigError: another distribution's entry point is unusable (see :mod:`graphserve.plugins`).
+    """
     for family in FAMILIES:
         importlib.import_module(f"{__name__}.{family}")
+    for register in plugins.load(plugins.KERNELS, FunctionType):
+        register()

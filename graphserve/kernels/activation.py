@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphserve.kernels.quantize import fake_quantized_rows, quantize_rows
 from graphserve.kernels.registry import register
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -43,6 +44,15 @@ def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return (apply_activation(gate, act) * up).contiguous()
 
 
+def act_mul_quant(gate: Tensor, up: Tensor, act: str, dtype: str) -> tuple[Tensor, Tensor]:
+    """:func:`act_mul` quantized by row: ``[*, I]`` in ``dtype`` (int8 or float8_e4m3fn) and scales ``[*, 1]``."""
+    return quantize_rows(act_mul(gate, up, act), dtype)
+
+
+def _fake_act_mul_quant(gate: Tensor, up: Tensor, act: str, dtype: str) -> tuple[Tensor, Tensor]:
+    return fake_quantized_rows(gate, dtype)
+
+
 def _fake_activation(x: Tensor, act: str) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -53,3 +63,6 @@ def _fake_act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
 
 register("activation(Tensor x, str act) -> Tensor", activation, _fake_activation)
 register("act_mul(Tensor gate, Tensor up, str act) -> Tensor", act_mul, _fake_act_mul)
+register(
+    "act_mul_quant(Tensor gate, Tensor up, str act, str dtype) -> (Tensor, Tensor)", act_mul_quant, _fake_act_mul_quant
+)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphserve.kernels.quantize import fake_quantized_rows, quantize_rows
 from graphserve.kernels.registry import register
 
 
@@ -41,6 +42,57 @@ def add_rms_norm(
     return rms_norm(total, weight, eps, offset, weight_fp32), total
 
 
+def norm_add(
+    x: Tensor, weight: Tensor | None, residual: Tensor, eps: float, offset: float, weight_fp32: bool
+) -> Tensor:
+    """``residual + rms_norm(x)`` rounded to ``x.dtype`` (a norm after the sublayer, as in OLMo 2)."""
+    return residual + rms_norm(x, weight, eps, offset, weight_fp32)
+
+
+def norm_add_rms_norm(
+    x: Tensor,
+    post_weight: Tensor | None,
+    residual: Tensor,
+    weight: Tensor | None,
+    post_eps: float,
+    eps: float,
+    offset: float,
+    weight_fp32: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gemma's sandwich: the norm after one sublayer, the residual add, and the norm before the next one.
+
+    Args:
+        x: ``[*, D]``, the sublayer's output.
+        post_weight: ``[D]`` or None, of the norm of ``x``.
+        residual: ``[*, D]``.
+        weight: ``[D]`` or None, of the norm of the sum.
+        post_eps: of the first norm.
+        eps: of the second.
+        offset: of both, see :func:`rms_norm`.
+        weight_fp32: of both.
+
+    Returns:
+        The normed sum and the sum (rounded to ``x.dtype`` before it is normed), both ``[*, D]``.
+    """
+    total = norm_add(x, post_weight, residual, post_eps, offset, weight_fp32)
+    return rms_norm(total, weight, eps, offset, weight_fp32), total
+
+
+def rms_norm_quant(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, weight_fp32: bool, dtype: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`rms_norm` quantized by row: ``[*, D]`` in ``dtype`` (int8 or float8_e4m3fn) and scales ``[*, 1]``."""
+    return quantize_rows(rms_norm(x, weight, eps, offset, weight_fp32), dtype)
+
+
+def add_rms_norm_quant(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, weight_fp32: bool, dtype: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`add_rms_norm` with its normed result quantized by row: quantized, scales ``[*, 1]``, sum."""
+    normed, total = add_rms_norm(x, residual, weight, eps, offset, weight_fp32)
+    return *quantize_rows(normed, dtype), total
+
+
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last dimension of ``x [*, D]`` with optional ``weight [D]`` and ``bias [D]``."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
@@ -62,6 +114,14 @@ def _like_twice(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return _like(x), _like(x)
 
 
+def _fake_rms_norm_quant(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    return fake_quantized_rows(x, str(arguments[-1]))
+
+
+def _fake_add_rms_norm_quant(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+    return *fake_quantized_rows(x, str(arguments[-1])), _like(x)
+
+
 register("rms_norm(Tensor x, Tensor? weight, float eps, float offset, bool weight_fp32) -> Tensor", rms_norm, _like)
 register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset, bool weight_fp32)"
@@ -74,4 +134,27 @@ register(
     "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     add_layer_norm,
     _like_twice,
+)
+register(
+    "norm_add(Tensor x, Tensor? weight, Tensor residual, float eps, float offset, bool weight_fp32) -> Tensor",
+    norm_add,
+    _like,
+)
+register(
+    "norm_add_rms_norm(Tensor x, Tensor? post_weight, Tensor residual, Tensor? weight, float post_eps, float eps,"
+    " float offset, bool weight_fp32) -> (Tensor, Tensor)",
+    norm_add_rms_norm,
+    _like_twice,
+)
+register(
+    "rms_norm_quant(Tensor x, Tensor? weight, float eps, float offset, bool weight_fp32, str dtype)"
+    " -> (Tensor, Tensor)",
+    rms_norm_quant,
+    _fake_rms_norm_quant,
+)
+register(
+    "add_rms_norm_quant(Tensor x, Tensor residual, Tensor? weight, float eps, float offset, bool weight_fp32,"
+    " str dtype) -> (Tensor, Tensor, Tensor)",
+    add_rms_norm_quant,
+    _fake_add_rms_norm_quant,
 )

@@ -1,0 +1,44 @@
+"""Rows as int8 or fp8 with one scale each, chosen from the row's largest value (symmetric, dynamic)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphserve.kernels.registry import register
+
+# Largest value of each type; fp8 is e4m3 without infinities.
+QUANTIZED_MAX = {"int8": 127.0, "float8_e4m3fn": 448.0}
+# Rows whose largest value is below this quantize to zeros instead of dividing by (almost) nothing.
+SMALLEST_ABSMAX = 1e-10
+
+
+def quantize_rows(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """Quantize each row of the last dimension.
+
+    Args:
+        x: ``[*, D]``, any float dtype.
+        dtype: ``int8`` or ``float8_e4m3fn``.
+
+    Returns:
+        ``[*, D]`` in ``dtype``, rounded to the nearest even, and fp32 scales ``[*, 1]``: ``x ~ q * scale``.
+
+    Raises:
+        ValueError: unknown dtype.
+    """
+    if dtype not in QUANTIZED_MAX:
+        raise ValueError(f"quantized dtype {dtype!r} is unknown: use one of {', '.join(QUANTIZED_MAX)}")
+    limit = QUANTIZED_MAX[dtype]
+    wide = x.float()
+    absmax = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ABSMAX)
+    scaled = (wide * (limit / absmax)).clamp(-limit, limit)
+    quantized = scaled.round().to(torch.int8) if dtype == "int8" else scaled.to(torch.float8_e4m3fn)
+    return quantized.contiguous(), absmax / limit
+
+
+def fake_quantized_rows(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """Empty results of :func:`quantize_rows`, for the shape functions of ops that end in it."""
+    return x.new_empty(x.shape, dtype=getattr(torch, dtype)), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+register("quantize_rows(Tensor x, str dtype) -> (Tensor, Tensor)", quantize_rows, fake_quantized_rows)
