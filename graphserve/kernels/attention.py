@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -110,19 +112,132 @@ def paged_attention(
     Returns:
         ``[T, Hq*Dv]`` in ``q.dtype``; zeros for tokens from ``query_start_loc[-1]`` on.
     """
+    rule = (sinks, alibi, scale, window, chunk, softcap, causal)
+    return _attend_paged(q, kv_k, kv_v, block_table, query_start_loc, seq_lens, 1.0, 1.0, *rule).to(q.dtype)
+
+
+def paged_attention_quant(
+    q: Tensor,
+    kv_k: Tensor,
+    kv_v: Tensor,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    out_scale: Tensor | None,
+    scale: float,
+    window: int,
+    chunk: int,
+    softcap: float,
+    causal: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """:func:`paged_attention` over a quantized cache, with a quantized result, or both.
+
+    Args:
+        q: see :func:`paged_attention`, like every argument that is not named here.
+        kv_k: as there; float8_e4m3fn where ``k_scale`` is given: a key is ``k_scale`` times what is stored.
+        kv_v: as ``kv_k``, with ``v_scale``.
+        block_table: as there.
+        query_start_loc: as there.
+        seq_lens: as there.
+        sinks: as there.
+        alibi: as there.
+        k_scale: ``[1]`` fp32, or None.
+        v_scale: ``[1]`` fp32, or None.
+        out_scale: ``[1]`` fp32, or None: what is stored is the result divided by it, saturated and rounded.
+        scale: as there.
+        window: as there.
+        chunk: as there.
+        softcap: as there.
+        causal: as there.
+        out_dtype: float8_e4m3fn or int8 with ``out_scale``, else q's dtype.
+
+    Returns:
+        ``[T, Hq*Dv]`` in ``out_dtype``.
+    """
+    k_factor = 1.0 if k_scale is None else k_scale.item()
+    v_factor = 1.0 if v_scale is None else v_scale.item()
+    rule = (sinks, alibi, scale, window, chunk, softcap, causal)
+    out = _attend_paged(q, kv_k, kv_v, block_table, query_start_loc, seq_lens, k_factor, v_factor, *rule)
+    if out_scale is None:
+        return out.to(out_dtype)
+    out = out / out_scale
+    if out_dtype == torch.int8:
+        return out.clamp(-128, 127).round().to(torch.int8)
+    limit = torch.finfo(out_dtype).max
+    return out.clamp(-limit, limit).to(out_dtype)
+
+
+def _attend_paged(
+    q: Tensor,
+    kv_k: Tensor,
+    kv_v: Tensor,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    k_factor: float,
+    v_factor: float,
+    *rule: Any,
+) -> Tensor:
+    """``[T, Hq*Dv]`` fp32."""
     heads, v_dim, block_size = q.shape[1], kv_v.shape[3], kv_k.shape[2]
-    out = q.new_zeros((q.shape[0], heads * v_dim))
+    out = torch.zeros((q.shape[0], heads * v_dim), dtype=torch.float32, device=q.device)
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     for s, seq_len in enumerate(lens):
         first, last = starts[s], starts[s + 1]
         if first == last:
             continue
         blocks = block_table[s, : -(-seq_len // block_size)].long()
-        k = kv_k[blocks].transpose(1, 2).reshape(-1, kv_k.shape[1], kv_k.shape[3])[:seq_len]
-        v = kv_v[blocks].transpose(1, 2).reshape(-1, kv_v.shape[1], v_dim)[:seq_len]
+        k = kv_k[blocks].transpose(1, 2).reshape(-1, kv_k.shape[1], kv_k.shape[3])[:seq_len].float() * k_factor
+        v = kv_v[blocks].transpose(1, 2).reshape(-1, kv_v.shape[1], v_dim)[:seq_len].float() * v_factor
         positions = torch.arange(seq_len - (last - first), seq_len, device=q.device)
-        result = attend(q[first:last], k, v, positions, sinks, alibi, scale, window, chunk, softcap, causal)
-        out[first:last] = result.reshape(last - first, heads * v_dim).to(q.dtype)
+        out[first:last] = attend(q[first:last], k, v, positions, *rule).reshape(last - first, heads * v_dim)
+    return out
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_start_loc: Tensor,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    window: int,
+    chunk: int,
+    softcap: float,
+    causal: bool,
+) -> Tensor:
+    """Attention of whole sequences that lie one behind the other, without a cache (encoders).
+
+    Args:
+        q: ``[T, Hq, Dk]``; may be a column slice, like k and v.
+        k: ``[T, Hkv, Dk]``.
+        v: ``[T, Hkv, Dv]``.
+        query_start_loc: ``[S + 1]`` int32, first token of each sequence.
+        sinks: see :func:`attend`, like every argument from here on.
+        alibi: see :func:`attend`.
+        scale: see :func:`attend`.
+        window: see :func:`attend`.
+        chunk: see :func:`attend`.
+        softcap: see :func:`attend`.
+        causal: see :func:`attend`.
+
+    Returns:
+        ``[T, Hq*Dv]`` in ``q.dtype``; zeros for tokens from ``query_start_loc[-1]`` on.
+    """
+    out = q.new_zeros((q.shape[0], q.shape[1] * v.shape[2]))
+    starts = query_start_loc.tolist()
+    for first, last in zip(starts, starts[1:], strict=False):
+        if first == last:
+            continue
+        positions = torch.arange(last - first, device=q.device)
+        rule = (positions, sinks, alibi, scale, window, chunk, softcap, causal)
+        out[first:last] = attend(q[first:last], k[first:last], v[first:last], *rule).flatten(1).to(q.dtype)
     return out
 
 
@@ -135,4 +250,27 @@ register(
     " Tensor? sinks, Tensor? alibi, float scale, int window, int chunk, float softcap, bool causal) -> Tensor",
     paged_attention,
     _fake,
+)
+
+
+def _fake_quant(q: Tensor, kv_k: Tensor, kv_v: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1] * kv_v.shape[3]), dtype=rest[-1])
+
+
+def _fake_packed(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1] * v.shape[2]))
+
+
+register(
+    "paged_attention_quant(Tensor q, Tensor kv_k, Tensor kv_v, Tensor block_table, Tensor query_start_loc,"
+    " Tensor seq_lens, Tensor? sinks, Tensor? alibi, Tensor? k_scale, Tensor? v_scale, Tensor? out_scale,"
+    " float scale, int window, int chunk, float softcap, bool causal, ScalarType out_dtype) -> Tensor",
+    paged_attention_quant,
+    _fake_quant,
+)
+register(
+    "packed_attention(Tensor q, Tensor k, Tensor v, Tensor query_start_loc, Tensor? sinks, Tensor? alibi,"
+    " float scale, int window, int chunk, float softcap, bool causal) -> Tensor",
+    packed_attention,
+    _fake_packed,
 )

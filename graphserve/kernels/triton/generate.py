@@ -18,6 +18,9 @@ GENERATORS: dict[str, tuple[str, str]] = {
     "add_rms_norm": ("norm", "norm"),
     "layer_norm": ("norm", "norm"),
     "add_layer_norm": ("norm", "norm"),
+    "paged_attention": ("attention", "attention"),
+    "paged_attention_quant": ("attention", "attention"),
+    "packed_attention": ("attention", "attention"),
 }
 
 

@@ -1,0 +1,138 @@
+"""What one attention kernel is specialised by: sizes, rule, cache form, and the tile that its programs work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphserve.kernels.arg_spec import ITEM_SIZES
+from graphserve.kernels.triton.kernel import next_power_of_2
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns ``start .. start + size`` of a head, held in registers as ``width`` (a power of two) columns."""
+
+    start: int
+    size: int
+    width: int
+
+    @property
+    def is_padded(self) -> bool:
+        """Some of the register columns lie behind the head's last one."""
+        return self.width != self.size
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """One kernel's sizes and rule.
+
+    Attributes:
+        dtype: of the queries and of both matrix products' operands.
+        cache_dtype: of keys and values in memory.
+        out_dtype: of the result.
+        kv_heads: key heads.
+        group: query heads that share one key head.
+        k_dim: head size of queries and keys.
+        v_dim: head size of values.
+        block_size: tokens of a cache block; 0 for keys that lie packed like the queries.
+        value_is_key_prefix: the values are the first ``v_dim`` columns of the keys (a latent cache), read once.
+        causal: see :func:`graphserve.kernels.attention.visible_keys`, like ``window`` and ``chunk``.
+        softcap: 0 for none.
+        has_sinks: one extra logit a head with value zero.
+        has_alibi: one slope a head.
+        segments: programs that share one query's keys; 1 writes the result, more write partial results.
+        single_query: no sequence has more than one query token, and those with none come last.
+    """
+
+    dtype: str
+    cache_dtype: str
+    out_dtype: str
+    kv_heads: int
+    group: int
+    k_dim: int
+    v_dim: int
+    block_size: int
+    value_is_key_prefix: bool
+    causal: bool
+    window: int
+    chunk: int
+    softcap: float
+    has_sinks: bool
+    has_alibi: bool
+    segments: int
+    single_query: bool
+
+    @property
+    def least_width(self) -> int:
+        """Fewest columns of a matrix product's operand."""
+        return 32 if ITEM_SIZES[self.cache_dtype] == 1 else 16
+
+    @property
+    def k_parts(self) -> tuple[Part, ...]:
+        """Columns of queries and keys."""
+        return head_parts(self.k_dim, self.least_width)
+
+    @property
+    def v_parts(self) -> tuple[Part, ...]:
+        """Columns of values and result."""
+        return head_parts(self.v_dim, self.least_width)
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """How a program is cut.
+
+    Attributes:
+        block_m: rows of a program: query tokens times the heads that share a key head.
+        tile: keys of one loop step.
+        num_warps: warps of a program.
+        num_stages: loop steps whose keys and values are in flight.
+    """
+
+    block_m: int
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+def head_parts(dim: int, least_width: int) -> tuple[Part, ...]:
+    """Cut a head into at most two powers of two, so that 80 takes 64 + 16 columns and not 128.
+
+    Args:
+        dim: head size.
+        least_width: fewest columns of a part.
+    """
+    whole = max(next_power_of_2(dim), least_width)
+    main = whole // 2
+    tail = max(next_power_of_2(dim - main), least_width)
+    if dim <= main or main + tail >= whole:
+        return (Part(0, dim, whole),)
+    return (Part(0, main, main), Part(main, dim - main, tail))
+
+
+# Bytes of fast memory that one program's loop may fill. The largest a program can ask for is 163 KiB on sm_80,
+# 227 KiB on sm_90 and sm_100, 64 KiB on gfx942.
+_LOOP_BYTES = {"cuda:80": 96 << 10, "cuda:90": 128 << 10, "cuda:100": 128 << 10, "hip:gfx942": 32 << 10}
+
+
+def choose_tile(form: AttentionForm, target: str) -> AttentionTile:
+    """Rows, keys, warps and stages of a program, so that accumulators fit in registers and tiles in fast memory."""
+    is_hip = target.startswith("hip")
+    key_columns = sum(part.width for part in form.k_parts)
+    value_columns = sum(part.width for part in form.v_parts)
+    loaded = key_columns + (0 if form.value_is_key_prefix else value_columns)
+    item = ITEM_SIZES[form.dtype]
+    if form.single_query:
+        # One token fills a matrix instruction only as far as its group reaches; more rows would be idle.
+        most_rows = 16 if value_columns >= 512 else 64
+        block_m, most_keys, num_stages = min(max(16, next_power_of_2(form.group)), most_rows), 128, 3
+    else:
+        block_m, most_keys, num_stages = 128 if value_columns <= 128 else 64 if value_columns <= 256 else 32, 64, 2
+    if is_hip:
+        num_stages = 1 if loaded * item * 32 * 2 > _LOOP_BYTES[target] else 2
+    tile = most_keys
+    while tile > 16 and loaded * item * tile * num_stages > _LOOP_BYTES[target]:
+        tile //= 2
+    # An accumulator of 64 registers a thread leaves room for the scores and one operand.
+    num_warps = 8 if block_m * value_columns > 64 * 128 or value_columns >= 256 and not form.single_query else 4
+    return AttentionTile(block_m, tile, num_warps, num_stages)

@@ -1,0 +1,395 @@
+"""Text of the attention kernel: queries of one sequence against its keys, one tile after another.
+
+Method: the online softmax of Dao et al. 2022 (FlashAttention, algorithm 1) in base 2, over keys that a block table
+scatters (Kwon et al. 2023), with the query heads of one key head packed into the rows of a tile.
+"""
+
+from __future__ import annotations
+
+import textwrap
+
+from graphserve.kernels.triton.attention_form import AttentionForm, AttentionTile, Part
+from graphserve.kernels.triton.kernel import TL_DTYPES
+
+LOG2E = 1.4426950408889634
+
+E4M3_HELPER = '''
+@triton.jit
+def e4m3_to_fp16(bits):
+    """The value of each e4m3 byte (0x7f and 0xff, its NaNs, come out as 480): the exponent bias of fp16 is 8 more."""
+    sign = (bits & 0x80).to(tl.uint16) << 8
+    rest = (bits & 0x7F).to(tl.uint16) << 7
+    return (sign | rest).to(tl.float16, bitcast=True) * 256.0
+'''
+
+
+def attention_body(form: AttentionForm, tile: AttentionTile, target: str, table_length: str) -> str:
+    """Statements of the kernel's function, in order.
+
+    Args:
+        form: sizes and rule.
+        tile: how a program is cut.
+        target: what it is compiled for.
+        table_length: the step scalar that is the length of a block table's row; empty without a cache.
+    """
+    sections = [
+        _locate_queries(form),
+        _rows(form, tile, table_length),
+        _load_queries(form),
+        _key_range(form),
+        _accumulators(form),
+        *_loops(form, target),
+        _store_partial(form) if form.segments > 1 else _store(form),
+    ]
+    return "\n\n".join(section.strip("\n") for section in sections if section.strip())
+
+
+def _text(text: str) -> str:
+    return textwrap.dedent(text).strip("\n")
+
+
+def _locate_queries(form: AttentionForm) -> str:
+    """Which sequence, which of its query tokens, how many keys."""
+    length = "tl.load(seq_lens_ptr + sequence, mask={live}, other=0)" if form.block_size else "tl.where({live}, query_len, 0)"
+    if form.single_query:
+        return _text(f"""
+            # Token t is the one query of sequence t. Padding tokens have no keys, so that they get zeros.
+            sequence = tl.program_id(0)
+            first_token = sequence
+            block_start = 0
+            query_len = 1
+            is_live = tl.load(query_start_loc_ptr + sequence + 1, mask=sequence < S, other=0) > sequence
+            seq_len = {length.format(live="is_live")}
+        """)
+    return _text(f"""
+        # Sequence s owns the query blocks from query_start_loc[s] // BLOCK_Q + s on. The padding tokens behind the
+        # last sequence are sequence S; it has no keys, so that they get zeros.
+        block = tl.program_id(0)
+        sequence = 0
+        high = S
+        while sequence < high:
+            middle = (sequence + high + 1) // 2
+            if tl.load(query_start_loc_ptr + middle) // BLOCK_Q + middle <= block:
+                sequence = middle
+            else:
+                high = middle - 1
+        is_live = sequence < S
+        first_token = tl.load(query_start_loc_ptr + sequence)
+        query_len = tl.load(query_start_loc_ptr + sequence + 1, mask=is_live, other=T) - first_token
+        block_start = (block - first_token // BLOCK_Q - sequence) * BLOCK_Q
+        if block_start >= query_len:
+            return
+        seq_len = {length.format(live="is_live")}
+    """)
+
+
+def _rows(form: AttentionForm, tile: AttentionTile, table_length: str) -> str:
+    """Rows of the tile: token-major, the heads of a group beside each other."""
+    lines = ["# Row r is query token r // GROUP_ROWS of the block and head r % GROUP_ROWS of the group."]
+    if form.group > tile.block_m:
+        lines += [
+            "kv_head = tl.program_id(1) // GROUP_BLOCKS",
+            "row = tl.arange(0, BLOCK_M)",
+            "group_head = tl.program_id(1) % GROUP_BLOCKS * GROUP_ROWS + row % GROUP_ROWS",
+        ]
+    else:
+        lines += ["kv_head = tl.program_id(1)", "row = tl.arange(0, BLOCK_M)", "group_head = row % GROUP_ROWS"]
+    lines += [
+        "row_token = block_start + row // GROUP_ROWS",
+        "is_row = (row < BLOCK_Q * GROUP_ROWS) & (group_head < GROUP) & (row_token < query_len)",
+        "head = kv_head * GROUP + group_head",
+        "token = (first_token + row_token).to(tl.int64)",
+        "position = seq_len - query_len + row_token",
+    ]
+    if form.block_size:
+        lines.append(f"table_row = {table_length}.to(tl.int64) * sequence")
+    return "\n".join(lines)
+
+
+def _load_queries(form: AttentionForm) -> str:
+    lines = [f"{_columns('k', i)} = {_arange(part)}" for i, part in enumerate(form.k_parts)]
+    if not form.value_is_key_prefix:
+        lines += [f"{_columns('v', i)} = {_arange(part)}" for i, part in enumerate(form.v_parts)]
+    lines.append("q_row = token * Q_TOKEN_STRIDE + head * Q_HEAD_STRIDE")
+    for i, part in enumerate(form.k_parts):
+        mask = _mask("is_row[:, None]", part, _columns("k", i), "K_DIM")
+        lines.append(f"q_{i} = tl.load(q_ptr + q_row[:, None] + {_columns('k', i)}[None, :], mask={mask}, other=0.0)")
+    return "\n".join(lines)
+
+
+def _key_range(form: AttentionForm) -> str:
+    """First and last visible key of each row, and the tiles that hold a key of any row."""
+    lines = ["# A row sees the keys first_key .. last_key; a tile is read if any row of the block sees a key of it."]
+    lines += [
+        "block_position = seq_len - query_len + block_start",
+        "last_position = tl.minimum(block_position + BLOCK_Q, seq_len) - 1",
+    ]
+    if _has_last_key(form):
+        lines += [
+            f"last_key = {_last_key(form, 'position')}",
+            f"last_tile = ({_last_key(form, 'last_position')} + TILE) // TILE",
+        ]
+    else:
+        lines.append("last_tile = (seq_len + TILE - 1) // TILE")
+    if _has_first_key(form):
+        lines += [
+            f"first_key = {_first_key(form, 'position')}",
+            f"first_tile = tl.maximum({_first_key(form, 'block_position')}, 0) // TILE",
+        ]
+    else:
+        lines.append("first_tile = 0")
+    if form.segments > 1:
+        lines += [
+            "segment = tl.program_id(2)",
+            "segment_tiles = (last_tile - first_tile + SEGMENTS - 1) // SEGMENTS",
+            "first_tile += segment * segment_tiles",
+            "last_tile = tl.minimum(last_tile, first_tile + segment_tiles)",
+        ]
+    if _has_full_tiles(form):
+        whole = "(block_position + 1) // TILE" if form.causal else "seq_len // TILE"
+        lines.append("# Every row sees all keys of the tiles before full_tile: no mask.")
+        lines.append(f"full_tile = tl.maximum(tl.minimum({whole}, last_tile), first_tile)")
+    return "\n".join(lines)
+
+
+def _has_first_key(form: AttentionForm) -> bool:
+    return bool(form.window or form.chunk)
+
+
+def _has_last_key(form: AttentionForm) -> bool:
+    return form.causal or bool(form.window or form.chunk)
+
+
+def _first_key(form: AttentionForm, position: str) -> str:
+    bounds = [f"{position} - WINDOW + 1"] * bool(form.window) + [f"{position} // CHUNK * CHUNK"] * bool(form.chunk)
+    return _fold("tl.maximum", bounds)
+
+
+def _last_key(form: AttentionForm, position: str) -> str:
+    if form.causal:
+        return f"tl.minimum({position}, seq_len - 1)"
+    window = [f"{position} + WINDOW - 1"] * bool(form.window)
+    chunk = [f"{position} // CHUNK * CHUNK + CHUNK - 1"] * bool(form.chunk)
+    return _fold("tl.minimum", ["seq_len - 1", *window, *chunk])
+
+
+def _fold(function: str, terms: list[str]) -> str:
+    folded = terms[0]
+    for term in terms[1:]:
+        folded = f"{function}({folded}, {term})"
+    return folded
+
+
+def _visible(form: AttentionForm) -> str:
+    last = ["(key[None, :] <= last_key[:, None])" if _has_last_key(form) else "is_key[None, :]"]
+    first = ["(key[None, :] >= first_key[:, None])"] * _has_first_key(form)
+    return " & ".join(last + first)
+
+
+def _has_full_tiles(form: AttentionForm) -> bool:
+    return not (form.single_query or form.window or form.chunk)
+
+
+def _accumulators(form: AttentionForm) -> str:
+    lines = ["# Scores are kept in units of log 2: exp(x) = exp2(x * LOG2E)."]
+    scale = "SCALE" if form.softcap else "SCALE * LOG2E"
+    lines.append(f"score_scale = {scale} * tl.load(k_scale_ptr)" if _is_scaled(form) else f"score_scale = {scale}")
+    if form.has_alibi:
+        lines.append("slope = tl.load(alibi_ptr + head, mask=is_row, other=0.0) * LOG2E")
+    if form.has_sinks:
+        lines.append("# A sink is a key with value zero: it seeds the maximum and the sum, not the accumulator.")
+        sink = "tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32) * LOG2E"
+        if form.segments > 1:
+            lines += [
+                f'row_max = tl.where(segment == 0, {sink}, float("-inf"))',
+                "row_sum = tl.where((segment == 0) & (row >= 0), 1.0, 0.0)",
+            ]
+        else:
+            lines += [f"row_max = {sink}", "row_sum = tl.full([BLOCK_M], 1.0, tl.float32)"]
+    else:
+        lines += [
+            'row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)',
+            "row_sum = tl.zeros([BLOCK_M], tl.float32)",
+        ]
+    lines += [f"acc_{i} = tl.zeros([BLOCK_M, {p.width}], tl.float32)" for i, p in enumerate(form.v_parts)]
+    return "\n".join(lines)
+
+
+def _loops(form: AttentionForm, target: str) -> list[str]:
+    if not _has_full_tiles(form):
+        return [_loop(form, target, "first_tile", True)]
+    return [_loop(form, target, "first_tile", False), _loop(form, target, "full_tile", True)]
+
+
+def _loop(form: AttentionForm, target: str, first: str, masked: bool) -> str:
+    end = "last_tile" if masked else "full_tile"
+    body = [*_addresses(form, masked), *_scores(form, target, masked), *_accumulate(form, target, masked)]
+    return f"for tile in range({first}, {end}):\n" + textwrap.indent("\n".join(body), "    ")
+
+
+def _addresses(form: AttentionForm, masked: bool) -> list[str]:
+    """Elements at which the tile's keys and values start."""
+    lines = ["key = tile * TILE + tl.arange(0, TILE)"]
+    if masked:
+        lines.append("is_key = key < seq_len")
+    if not form.block_size:
+        lines += ["key_token = (first_token + key).to(tl.int64)"]
+        return lines + [
+            f"{x}_row = key_token * {x.upper()}_TOKEN_STRIDE + kv_head * {x.upper()}_HEAD_STRIDE" for x in "kv"
+        ]
+    mask = ", mask=is_key, other=0" if masked else ""
+    lines += [
+        f"block_id = tl.load(block_table_ptr + table_row + key // BLOCK_SIZE{mask}).to(tl.int64)",
+        "slot = key % BLOCK_SIZE",
+    ]
+    for x in "k" if form.value_is_key_prefix else "kv":
+        name = x.upper()
+        lines.append(
+            f"{x}_row = block_id * {name}_BLOCK_STRIDE + kv_head * {name}_HEAD_STRIDE + slot * {name}_TOKEN_STRIDE"
+        )
+    return lines
+
+
+def _scores(form: AttentionForm, target: str, masked: bool) -> list[str]:
+    """Scores of the tile in log-2 units, or, without soft cap and ALiBi, still to be multiplied by score_scale."""
+    lines = [
+        f"k_{i} = {_load(form, target, 'k', i, part, masked)}" for i, part in enumerate(form.k_parts)
+    ]
+    for i in range(len(form.k_parts)):
+        total = f", scores{_precision(form)}" if i else _precision(form)
+        lines.append(f"scores = tl.dot(q_{i}, tl.trans(k_{i}){total})")
+    if form.softcap:
+        lines += [
+            "# tanh(x) = 1 - 2 / (exp(2x) + 1)",
+            "capped = tl.exp2(scores * (score_scale * (2 * LOG2E / SOFTCAP)))",
+            "scores = (SOFTCAP * LOG2E) * (1 - 2 / (capped + 1))",
+        ]
+    elif form.has_alibi:
+        lines.append("scores = scores * score_scale")
+    if form.has_alibi:
+        lines.append("scores += slope[:, None] * (key[None, :] - position[:, None])")
+    if masked:
+        lines.append(f'scores = tl.where({_visible(form)}, scores, float("-inf"))')
+    return lines
+
+
+def _accumulate(form: AttentionForm, target: str, masked: bool) -> list[str]:
+    factor = "" if form.softcap or form.has_alibi else " * score_scale"
+    lines = [f"new_max = tl.maximum(row_max, tl.max(scores, 1){factor})"]
+    shift = "new_max"
+    if masked:
+        lines.append("# A row that has seen no key yet stays at -inf; exp2(-inf - 0) is 0 where -inf - -inf is NaN.")
+        lines.append('shift = tl.where(new_max == float("-inf"), 0.0, new_max)')
+        shift = "shift"
+    lines += [
+        f"weights = tl.exp2(scores{factor} - {shift}[:, None])",
+        f"correction = tl.exp2(row_max - {shift})",
+        "row_sum = row_sum * correction + tl.sum(weights, 1)",
+        "row_max = new_max",
+        f"weights = weights.to({TL_DTYPES[form.dtype]})",
+    ]
+    for i, part in enumerate(form.v_parts):
+        value = f"k_{i}"
+        if not form.value_is_key_prefix:
+            value = f"v_{i}"
+            lines.append(f"v_{i} = {_load(form, target, 'v', i, part, masked)}")
+        lines.append(f"acc_{i} = tl.dot(weights, {value}, acc_{i} * correction[:, None]{_precision(form)})")
+    return lines
+
+
+def _load(form: AttentionForm, target: str, x: str, index: int, part: Part, masked: bool) -> str:
+    """A tile ``[TILE, width]`` of keys or values in the queries' dtype."""
+    columns = _columns(x, index)
+    mask = _mask("is_key[:, None]" if masked else "", part, columns, f"{x.upper()}_DIM")
+    pointer = f"{_name(form, x)} + {x}_row[:, None] + {columns}[None, :]"
+    loaded = f"tl.load({pointer}, mask={mask}, other=0.0)" if mask else f"tl.load({pointer})"
+    if form.cache_dtype == form.dtype:
+        return loaded
+    if bits_are_converted(form, target):
+        loaded = f"e4m3_to_fp16({loaded.replace('other=0.0', 'other=0')})"
+    return f"{loaded}.to({TL_DTYPES[form.dtype]})"
+
+
+def _name(form: AttentionForm, x: str) -> str:
+    return f"kv_{x}_ptr" if form.block_size else f"{x}_ptr"
+
+
+def bits_are_converted(form: AttentionForm, target: str) -> bool:
+    """The processor has no instruction that widens this cache dtype, so that the kernel does it in integers."""
+    return form.cache_dtype == "float8_e4m3fn" and target in ("cuda:80", "hip:gfx942")
+
+
+def _store(form: AttentionForm) -> str:
+    lines = ["# A row without any key has the sum 0 and gets zeros."]
+    lines.append("inverse = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)")
+    factors = ["tl.load(v_scale_ptr)"] * _is_scaled(form) + ["(1.0 / tl.load(out_scale_ptr))"] * is_quantized(form.out_dtype)
+    if factors:
+        lines.append(f"inverse *= {' * '.join(factors)}")
+    lines.append("out_row = token * OUT_TOKEN_STRIDE + head * V_DIM")
+    for i, part in enumerate(form.v_parts):
+        columns = _value_columns(form, i)
+        mask = _mask("is_row[:, None]", part, columns, "V_DIM")
+        lines.append(f"acc_{i} *= inverse[:, None]")
+        value = rounded(f"acc_{i}", form.out_dtype)
+        lines.append(f"tl.store(out_ptr + out_row[:, None] + {columns}[None, :], {value}, mask={mask})")
+    return "\n".join(lines)
+
+
+def _store_partial(form: AttentionForm) -> str:
+    """The segment's own result and the base-2 logarithm of its sum of weights, for the reduce kernel."""
+    lines = [
+        "total = tl.where(row_sum == 0.0, 1.0, row_sum)",
+        "inverse = 1.0 / total",
+        "# partial: [T, HEADS, SEGMENTS, V_DIM] results, then [T, HEADS, SEGMENTS] logarithms",
+        "part_row = (token * HEADS + head) * SEGMENTS + segment",
+        "log_sum = tl.where(row_sum == 0.0, float(\"-inf\"), row_max + tl.log2(total))",
+        "tl.store(partial_ptr + T.to(tl.int64) * (HEADS * SEGMENTS * V_DIM) + part_row, log_sum, mask=is_row)",
+        "is_part = is_row & (row_sum != 0.0)",
+    ]
+    for i, part in enumerate(form.v_parts):
+        columns = _value_columns(form, i)
+        mask = _mask("is_part[:, None]", part, columns, "V_DIM")
+        address = f"partial_ptr + part_row[:, None] * V_DIM + {columns}[None, :]"
+        lines.append(f"tl.store({address}, acc_{i} * inverse[:, None], mask={mask})")
+    return "\n".join(lines)
+
+
+def rounded(value: str, dtype: str) -> str:
+    """The expression of an fp32 value in another dtype, saturated and rounded to the nearest (ties to even)."""
+    if dtype == "int8":
+        # Adding 1.5 * 2**23 leaves an fp32 number without places behind the point.
+        return f"(tl.clamp({value}, -128.0, 127.0) + 12582912.0 - 12582912.0).to(tl.int8)"
+    if dtype == "float8_e4m3fn":
+        return f"tl.clamp({value}, -448.0, 448.0).to(tl.float8e4nv)"
+    return f"{value}.to({TL_DTYPES[dtype]})"
+
+
+def is_quantized(dtype: str) -> bool:
+    """A result dtype that needs a scale."""
+    return dtype in ("int8", "float8_e4m3fn")
+
+
+def _is_scaled(form: AttentionForm) -> bool:
+    return form.cache_dtype != form.dtype
+
+
+def _columns(x: str, index: int) -> str:
+    return f"{x}_columns_{index}"
+
+
+def _value_columns(form: AttentionForm, index: int) -> str:
+    return _columns("k" if form.value_is_key_prefix else "v", index)
+
+
+def _arange(part: Part) -> str:
+    return f"tl.arange(0, {part.width})" if not part.start else f"{part.start} + tl.arange(0, {part.width})"
+
+
+def _mask(rows: str, part: Part, columns: str, dim: str) -> str:
+    inside = f"({columns} < {dim})[None, :]" if part.is_padded else ""
+    return " & ".join(term for term in (rows, inside) if term)
+
+
+def _precision(form: AttentionForm) -> str:
+    """fp32 models get fp32 products; the default would round their operands to tf32."""
+    return ', input_precision="ieee"' if form.dtype == "float32" else ""
