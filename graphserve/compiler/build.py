@@ -13,6 +13,7 @@ import msgspec
 import torch
 from torch import fx
 
+from graphserve import plugins
 from graphserve.compiler.canonicalize import canonicalize
 from graphserve.compiler.capture import capture, register_interfaces
 from graphserve.compiler.layers import (
@@ -29,6 +30,7 @@ from graphserve.compiler.pipeline import FUSE, LIFT, PassReport, Refusal, Site, 
 from graphserve.compiler.refusals import refuse_before_trace
 from graphserve.compiler.rowwise import check_rowwise
 from graphserve.errors import UnsupportedModelError
+from graphserve.passes.base import Pass
 from graphserve.passes.context import PassContext, WeightRecipe
 from graphserve.plan.schema import CacheGroup, Launch, Plan, TensorSpec, WeightPart, WeightSpec
 
@@ -101,7 +103,7 @@ def build_plan(
             lifted, ctx = ctx, PassContext(gm, max_model_len)
             ctx.weight_recipes |= _repeat_recipes(lifted.weight_recipes, stack)
     with phase("fuse"):
-        reports += run_pipeline(gm, ctx, FUSE)
+        reports += run_pipeline(gm, ctx, FUSE + tuple(plugins.load(plugins.PASSES, Pass)))
     with phase("lower"):
         plan = _lower(gm, ctx, model, max_model_len, constants | buffers)
     plan.passes = [msgspec.to_builtins(r) for r in reports]

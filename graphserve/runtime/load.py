@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graphserve import plugins
 from graphserve.config import EngineConfig
 from graphserve.errors import ConfigError
 from graphserve.models.checkpoint import Checkpoint
@@ -109,6 +110,7 @@ def key_factors(config: EngineConfig, folder: Path) -> dict[str, Any]:
         "graphserve sources": source_hash(),
         "torch": metadata.version("torch").split("+")[0],
         "transformers": metadata.version("transformers"),
+        "plugins": plugins.versions(),
     }
 
 
