@@ -1,8 +1,8 @@
 """Run a plan: bind its launches to tensors once per step size, then execute them in order.
 
-The runner knows no model and no kernel. ``reference`` and ``library`` launches call a torch operator and copy its result
-into the plan's buffer; other kinds are bound by a *binder* given by the caller (generated C++, Triton). Running a plan
-needs neither Dynamo nor Inductor nor modelling code.
+The runner knows no model and no kernel. ``reference`` and ``library`` launches call a torch operator and copy its
+result into the plan's buffer; other kinds are bound by a *binder* given by the caller (generated C++, Triton). Running
+a plan needs neither Dynamo nor Inductor nor modelling code.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from graphserve.plan.schema import Plan
 class KVCache:
     """Pool tensors and the views that layers read and write.
 
-    The i-th layer of every cache group lives in pool tensor i: a block belongs to one group at a time, so the same bytes
-    serve whichever group holds the block. Within a block a layer keeps its keys, then its values, each
+    The i-th layer of every cache group lives in pool tensor i: a block belongs to one group at a time, so the same
+    bytes serve whichever group holds the block. Within a block a layer keeps its keys, then its values, each
     ``[kv_heads, block_size, dim]``.
 
     Args:
