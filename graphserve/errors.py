@@ -6,6 +6,7 @@
     ├── CheckpointError         a weight file or tensor is missing, truncated or has the wrong shape
     ├── UnsupportedModelError   the model computes something the compiler refuses, with op and module
     ├── CompileError            a pass or lowering failed: a bug of ours, named by pass and node
+    ├── DeviceError             a GPU driver call failed: names the call, the kernel and the driver's own error
     └── EngineDeadError         the engine process or loop has stopped; no more answers will come
 
 A catch-all ``except Exception`` is allowed only at the isolation boundaries listed here, each of which reports
@@ -56,6 +57,10 @@ class UnsupportedModelError(GraphserveError):
 
 class CompileError(GraphserveError):
     """A compiler stage failed on a graph it should handle (a bug): names stage and node."""
+
+
+class DeviceError(GraphserveError):
+    """A GPU driver refused a call, or a binary does not fit it: names call, kernel and the driver's error."""
 
 
 class EngineDeadError(GraphserveError):
