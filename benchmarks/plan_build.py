@@ -2,8 +2,8 @@
 
     python -m benchmarks.plan_build [--depths 4,64] [--rounds 3]
 
-Builds plans of the shape of Llama-3.1-8B (no weights) in rounds, the depths taking turns. Prints the median and spread of
-each depth and phase; the last stdout line is one JSON document.
+Builds plans of the shape of Llama-3.1-8B (no weights) in rounds, the depths taking turns. Prints the median and spread
+of each depth and phase; the last stdout line is one JSON document.
 """
 
 from __future__ import annotations
