@@ -23,16 +23,13 @@ from graphserve.kernels.cpu import (
     pack_moe_weights,
 )
 from graphserve.plan.arena import launch_inputs
-from graphserve.plan.runner import Action, PlanRunner, StepSize, resolve_op, run_view, torch_dtype
+from graphserve.plan.runner import Action, PlanRunner, StepSize, resolve_op
 from graphserve.plan.schema import Launch, Plan
-from graphserve.plan.symbols import evaluate
 from graphserve.progress import phase
 from graphserve.runtime.kv_cache import KVCache
+from graphserve.runtime.launch_specs import op_name, split_arguments, value_name, value_specs
 
 logger = logging.getLogger(__name__)
-
-# Two step sizes at which views are sampled; a dimension that differs between them is matched to T, R or S.
-_SAMPLES = (StepSize((13, 7, 3)), StepSize((29, 11, 5)))
 
 
 class KernelPlan(msgspec.Struct):
@@ -60,7 +57,7 @@ def lower_to_cpp(plan: Plan, kv_cache: KVCache, isa: str | None = None) -> Kerne
     """
     register_all()
     isa = isa or isa_level()
-    specs = _value_specs(plan, kv_cache)
+    specs = value_specs(plan, kv_cache)
     packed = _packable_weights(plan)
     kernels: dict[int, CppKernel] = {}
     refusals: dict[int, str] = {}
@@ -75,7 +72,7 @@ def lower_to_cpp(plan: Plan, kv_cache: KVCache, isa: str | None = None) -> Kerne
     # A weight with any reader that wants it unpacked stays unpacked for the others too: one copy of each.
     packed &= _read_only_packed(plan, kernels, packed)
     for index, launch in enumerate(plan.launches):
-        if index in kernels and _op_name(launch) in ("linear", "moe", "embedding"):
+        if index in kernels and op_name(launch) in ("linear", "moe", "embedding"):
             again = _generate(launch, specs, packed, isa)
             if isinstance(again, Refusal):
                 refusals[index] = again.reason
@@ -89,22 +86,13 @@ def lower_to_cpp(plan: Plan, kv_cache: KVCache, isa: str | None = None) -> Kerne
     return KernelPlan(msgspec.structs.replace(plan, launches=launches), kernels, refusals, packed)
 
 
-def _op_name(launch: Launch) -> str:
-    namespace, name, _ = launch.op.split(".")
-    if namespace == "gs":
-        return name
-    if launch.op == "aten.index_select.default" and launch.args[1] == 1:
-        return "gather_rows"
-    return ""
-
-
 def _packable_weights(plan: Plan) -> set[str]:
     names: set[str] = set()
     for launch in plan.launches:
-        op = _op_name(launch)
+        op = op_name(launch)
         positions = (1,) if op == "linear" else (3, 5) if op == "moe" else ()
         for position in positions:
-            name = _value(launch.args[position])
+            name = value_name(launch.args[position])
             if name in plan.weights:
                 names.add(name)
     return names
@@ -114,124 +102,40 @@ def _read_only_packed(plan: Plan, kernels: dict[int, CppKernel], packed: set[str
     """Those of ``packed`` that no launch reads as a plain matrix."""
     plain: set[str] = set()
     for index, launch in enumerate(plan.launches):
-        op = _op_name(launch)
+        op = op_name(launch)
         allowed = {"linear": (1,), "moe": (3, 5), "embedding": (1,)}.get(op, ()) if index in kernels else ()
         for name in packed.intersection(launch_inputs(launch)):
-            places = [i for i, a in enumerate(launch.args) if _value(a) == name]
+            places = [i for i, a in enumerate(launch.args) if value_name(a) == name]
             if not all(i in allowed for i in places):
                 plain.add(name)
     for launch in plan.init:
         plain.update(packed.intersection(launch_inputs(launch)))
     # The packed experts' layout serves no embedding, and a matrix read by both kinds would need both layouts.
     for index, launch in enumerate(plan.launches):
-        if index in kernels and _op_name(launch) == "moe":
-            plain.update(n for n in (_value(launch.args[3]), _value(launch.args[5])) if n not in packed)
+        if index in kernels and op_name(launch) == "moe":
+            plain.update(n for n in (value_name(launch.args[3]), value_name(launch.args[5])) if n not in packed)
     return packed - plain
 
 
-def _value(argument: Any) -> str:
-    return argument["v"] if isinstance(argument, dict) and "v" in argument else ""
-
-
 def _generate(launch: Launch, specs: dict[str, ArgSpec], packed: set[str], isa: str) -> CppKernel | Refusal:
-    op = _op_name(launch)
+    op = op_name(launch)
     if not op:
         return Refusal(f"{launch.op} has no C++ generator")
     if op == "gather_rows":
-        args: list[ArgSpec | None] = [specs.get(_value(launch.args[0])), specs.get(_value(launch.args[2]))]
+        args: list[ArgSpec | None] = [specs.get(value_name(launch.args[0])), specs.get(value_name(launch.args[2]))]
         attrs: dict[str, Any] = {}
     else:
-        args, attrs = _split_arguments(launch, specs)
-    if op == "linear" and _value(launch.args[1]) not in packed:
+        args, attrs = split_arguments(launch, specs)
+    if op == "linear" and value_name(launch.args[1]) not in packed:
         return Refusal("gs.linear: the weight is also read as a plain matrix or is not a weight of the plan")
-    if op == "moe" and not {_value(launch.args[3]), _value(launch.args[5])} <= packed:
+    if op == "moe" and not {value_name(launch.args[3]), value_name(launch.args[5])} <= packed:
         return Refusal("gs.moe: the expert weights are also read as plain tensors")
-    if op == "embedding" and _value(launch.args[1]) in packed:
+    if op == "embedding" and value_name(launch.args[1]) in packed:
         attrs = {**attrs, "packed": True}
     outputs = [specs.get(name) for name in launch.outputs if name is not None]
     if any(spec is None for spec in outputs) or len(outputs) != len(launch.outputs):
         return Refusal(f"{launch.op}: a result has no affine shape, or nobody reads one of them")
     return generate(op, attrs, args, [s for s in outputs if s is not None], isa)
-
-
-def _split_arguments(launch: Launch, specs: dict[str, ArgSpec]) -> tuple[list[ArgSpec | None], dict[str, Any]]:
-    """Tensor arguments in schema order and the others by name."""
-    args: list[ArgSpec | None] = []
-    attrs: dict[str, Any] = {}
-    values = list(launch.args)
-    for position, argument in enumerate(resolve_op(launch.op)._schema.arguments):  # type: ignore[attr-defined]
-        given = values[position] if position < len(values) else launch.kwargs.get(argument.name, argument.default_value)
-        if "Tensor" in str(argument.type):
-            args.append(specs.get(_value(given)))
-        else:
-            attrs[argument.name] = float(given["f"]) if isinstance(given, dict) else given
-    return args, attrs
-
-
-def _value_specs(plan: Plan, kv_cache: KVCache) -> dict[str, ArgSpec]:
-    """Shape and strides of every value, symbolic in T, R and S, by evaluating all views at two step sizes."""
-    first, second = ({**_sample(plan, kv_cache, size)} for size in _SAMPLES)
-    specs: dict[str, ArgSpec] = {}
-    for name, a in first.items():
-        b = second[name]
-        shape = tuple(map(_symbolic, a.shape, b.shape))
-        strides = tuple(map(_symbolic, a.stride(), b.stride()))
-        if None in shape or None in strides:
-            continue
-        is_contiguous = a.is_contiguous() and b.is_contiguous()
-        dtype = str(a.dtype).removeprefix("torch.")
-        specs[name] = ArgSpec(dtype, shape, None if is_contiguous else strides)  # type: ignore[arg-type]
-    for group in range(len(plan.cache_groups)):
-        row = f"B_{group}"
-        specs[f"block_table.{group}"] = ArgSpec("int32", ("S", row), (row, 1))
-    for layer, (keys, values) in enumerate(kv_cache.layers):
-        for name, tensor in ((f"kv_k.{layer}", keys), (f"kv_v.{layer}", values)):
-            # The number of blocks is no constant of a kernel: pools of any size share it.
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            specs[name] = ArgSpec(dtype, ("num_blocks", *tensor.shape[1:]), tuple(tensor.stride()))
-    return specs
-
-
-def _sample(plan: Plan, kv_cache: KVCache, size: StepSize) -> dict[str, torch.Tensor]:
-    tokens, rows, seqs = size
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    tensors: dict[str, Any] = {
-        name: empty(tuple(int(d) for d in w.spec.shape), torch_dtype(w.spec.dtype)) for name, w in plan.weights.items()
-    }
-    tensors |= {"input_ids": empty((1, tokens), torch.int64), "positions": empty((1, tokens), torch.int64)}
-    tensors["logits_indices"] = empty((rows,), torch.int64)
-    tensors["query_start_loc"] = empty((seqs + 1,), torch.int32)
-    tensors["seq_lens"] = empty((seqs,), torch.int32)
-    for group in range(len(plan.cache_groups)):
-        tensors[f"slot_mapping.{group}"] = empty((tokens,), torch.int64)
-        tensors[f"block_table.{group}"] = empty((seqs, 1), torch.int32)
-    for layer, (keys, values) in enumerate(kv_cache.layers):
-        tensors[f"kv_k.{layer}"], tensors[f"kv_v.{layer}"] = keys.to("meta"), values.to("meta")
-    for launch in plan.launches:
-        if launch.kind == "view":
-            run_view(launch, tensors, size, torch.device("meta"))
-            continue
-        for name in launch.outputs:
-            if name is not None:
-                spec = plan.buffers[name]
-                shape = tuple(evaluate(d, tokens, rows) for d in spec.shape)
-                tensors[name] = empty(shape, torch_dtype(spec.dtype))
-    return tensors
-
-
-def _symbolic(a: int, b: int) -> int | str | None:
-    """The expression whose value is ``a`` at the first sample size and ``b`` at the second."""
-    if a == b:
-        return a
-    for symbol, x, y in zip("TRS", *_SAMPLES, strict=True):
-        if a % x == 0 and a // x * y == b:
-            return symbol if a == x else f"{a // x}*{symbol}"
-    if (a, b) == tuple(s.num_seqs + 1 for s in _SAMPLES):
-        return "S+1"
-    return None
 
 
 class _Call:
@@ -274,16 +178,16 @@ class CppBackend:
         packed: dict[str, torch.Tensor] = {}
         for index in self._kernel_plan.kernels:
             launch = self._kernel_plan.plan.launches[index]
-            op = _op_name(launch)
+            op = op_name(launch)
             if op == "linear":
-                name = _value(launch.args[1])
+                name = value_name(launch.args[1])
                 if name not in packed:
                     packed[name] = pack_linear_weight(weights[name])
                     weights[name] = weights[name].to("meta")
             elif op == "moe":
-                up, down = _value(launch.args[3]), _value(launch.args[5])
+                up, down = value_name(launch.args[3]), value_name(launch.args[5])
                 if up not in packed:
-                    attrs = _split_arguments(launch, {})[1]
+                    attrs = split_arguments(launch, {})[1]
                     packed[up], packed[down] = pack_moe_weights(
                         weights[up], weights[down], attrs["transposed"], attrs["interleaved"], attrs["has_gate"]
                     )
@@ -294,8 +198,8 @@ class CppBackend:
         self, launch: Launch, runner: PlanRunner, tensors: Mapping[str, torch.Tensor], size: StepSize
     ) -> Action | None:
         assert launch.kernel is not None
-        if _op_name(launch) == "gather_rows":
-            names = [_value(launch.args[0]), _value(launch.args[2])]
+        if op_name(launch) == "gather_rows":
+            names = [value_name(launch.args[0]), value_name(launch.args[2])]
         else:
             arguments = resolve_op(launch.op)._schema.arguments  # type: ignore[attr-defined]
             given = [
@@ -303,7 +207,7 @@ class CppBackend:
                 for i, a in enumerate(arguments)
                 if "Tensor" in str(a.type)
             ]
-            names = [_value(g) for g in given]
+            names = [value_name(g) for g in given]
         names += [n for n in launch.outputs if n is not None]
         pointers = [self._pointer(name, tensors) for name in names]
         return _Call(self._functions[launch.kernel], pointers)
