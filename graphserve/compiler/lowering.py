@@ -123,6 +123,8 @@ class Lowering:
                 self.buffers[name] = self.tensor_spec(value)
         else:
             read = {u.args[1] for u in node.users if u.target is operator.getitem}
+            if target.namespace == "gs":
+                read = set(range(len(value)))  # a generated kernel writes all of its results
             outputs = tuple(f"{name}.{i}" if i in read else None for i in range(len(value)))
             if not is_view:
                 self.buffers.update({f"{name}.{i}": self.tensor_spec(value[i]) for i in read})

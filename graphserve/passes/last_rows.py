@@ -76,7 +76,7 @@ def replacement(match: Match, ctx: PassContext) -> dict[fx.Node, fx.Node]:
     def rows_of(node: fx.Node) -> fx.Node:
         if node not in gathered:
             gathered[node] = ctx.emit(aten.index_select.default, node, 1, match["indices"])
-            _keep_place(gathered[node], node)
+            gathered[node].meta.pop("gs_layer", None)  # the gather belongs to no layer
         return gathered[node]
 
     for node in match["chain"]:

@@ -1,0 +1,109 @@
+"""Plan → GPU launches: a generated Triton kernel, a library call, or the reason why neither.
+
+Plan mode: everything here works without a GPU. :func:`compile_kernels` builds each distinct kernel for a target exactly
+as the launcher will call it, so that registers, spills and vector loads can be checked on a CPU box.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from graphserve.kernels import register_all
+from graphserve.kernels.arg_spec import ArgSpec, Refusal
+from graphserve.kernels.triton.generate import generate
+from graphserve.kernels.triton.kernel import TritonKernel
+from graphserve.plan.schema import Launch, Plan
+from graphserve.runtime.kv_cache import KVCache
+from graphserve.runtime.launch_specs import op_name, split_arguments, value_name, value_specs
+
+# Ops that cuBLAS serves through torch.mm when there are many rows; a Triton kernel of the family may replace it for few.
+LIBRARY_OPS = {"linear": "torch.mm"}
+
+
+class TritonPlan(msgspec.Struct):
+    """The GPU side of a plan.
+
+    Attributes:
+        plan: the plan with ``kind`` and ``kernel`` of every launch filled in.
+        kernels: launch index → the kernels that it starts, in order (a reduce after split keys, say).
+        refusals: launch index → why it has neither kernel nor library call; such a launch runs eagerly.
+    """
+
+    plan: Plan
+    kernels: dict[int, list[TritonKernel]]
+    refusals: dict[int, str]
+
+    def distinct_kernels(self) -> dict[str, TritonKernel]:
+        """All kernels by key; layers share them."""
+        return {k.key: k for kernels in self.kernels.values() for k in kernels}
+
+    def launches_per_layer(self) -> dict[int, int]:
+        """Launches of each layer. A kernel that reduces what another one split is not counted."""
+        counts: dict[int, int] = {}
+        for launch in self.plan.launches:
+            if launch.kind != "view" and launch.layer is not None:
+                counts[launch.layer] = counts.get(launch.layer, 0) + 1
+        return counts
+
+
+def lower_to_triton(plan: Plan, kv_cache: KVCache, target: str) -> TritonPlan:
+    """Find the GPU form of every launch. Generates source only; compiles nothing.
+
+    Args:
+        kv_cache: its block size and strides are constants of the kernels (may be on meta).
+        target: one of ``graphserve.kernels.triton.kernel.TARGETS``.
+    """
+    register_all()
+    specs = value_specs(plan, kv_cache)
+    kernels: dict[int, list[TritonKernel]] = {}
+    refusals: dict[int, str] = {}
+    launches: list[Launch] = []
+    for index, launch in enumerate(plan.launches):
+        if launch.kind == "view":
+            launches.append(launch)
+            continue
+        result = _generate(launch, specs, target)
+        if isinstance(result, list):
+            kernels[index] = result
+            launches.append(msgspec.structs.replace(launch, kind="triton", kernel=result[0].symbol))
+        elif op_name(launch) in LIBRARY_OPS:
+            launches.append(msgspec.structs.replace(launch, kind="library", kernel=LIBRARY_OPS[op_name(launch)]))
+        else:
+            refusals[index] = result.reason
+            launches.append(launch)
+    return TritonPlan(msgspec.structs.replace(plan, launches=launches), kernels, refusals)
+
+
+def _generate(launch: Launch, specs: dict[str, ArgSpec], target: str) -> list[TritonKernel] | Refusal:
+    op = op_name(launch)
+    if not op:
+        return Refusal(f"{launch.op} has no Triton generator")
+    if op == "gather_rows":
+        args: list[ArgSpec | None] = [specs.get(value_name(launch.args[0])), specs.get(value_name(launch.args[2]))]
+        attrs = {}
+    else:
+        args, attrs = split_arguments(launch, specs)
+    outputs = [specs.get(name) for name in launch.outputs if name is not None]
+    if any(spec is None for spec in outputs) or len(outputs) != len(launch.outputs):
+        return Refusal(f"{launch.op}: a result has no affine shape, or nobody reads one of them")
+    result = generate(op, attrs, args, [s for s in outputs if s is not None], target)
+    if isinstance(result, Refusal):
+        return result
+    return list(result) if isinstance(result, (list, tuple)) else [result]
+
+
+def compile_kernels(
+    plan: TritonPlan, target: str, progress: Callable[[int, int], None] | None = None
+) -> dict[str, object]:
+    """Compile each distinct kernel of a plan for ``target``: key → ``CompiledKernel``. Needs triton, no GPU."""
+    from graphserve.kernels.triton.compile import compile_for
+
+    distinct = plan.distinct_kernels()
+    compiled: dict[str, object] = {}
+    for done, (key, kernel) in enumerate(distinct.items(), start=1):
+        compiled[key] = compile_for(kernel, target)
+        if progress is not None:
+            progress(done, len(distinct))
+    return compiled
