@@ -218,7 +218,9 @@ def _in_mode(val: Any, mode: FakeTensorMode) -> bool:
 
 
 def _inherit_meta(node: fx.Node, match: Match) -> None:
-    for key in ("gs_module", "gs_layer", "nn_module_stack"):
+    if "gs_layer" in match.root.meta:  # the final norm takes in the last layer's add, but belongs to no layer
+        node.meta["gs_layer"] = match.root.meta["gs_layer"]
+    for key in ("gs_module", "nn_module_stack"):
         for source in (match.root, *match.nodes):
             if key in source.meta:
                 node.meta[key] = source.meta[key]
