@@ -2,8 +2,9 @@
 
     python benchmarks/cpu_kernels.py --dtype bfloat16 --threads 2
 
-Every pair is checked for equal results first, then timed in turns (kernel, torch, kernel, ...). Weights rotate over
-copies larger than the last-level cache, so GB/s is memory speed. The last line of stdout is one JSON document.
+Every kernel is checked first, then timed in turns with its rivals (kernel, torch, kernel, ...). Weights rotate over
+copies larger than the last-level cache, so GB/s is memory speed. ``--clock cpu`` with one thread counts the thread's
+processor time, which is meaningful on a machine shared with others. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ ROTATE_BYTES = 96 << 20
 class Bench:
     """Builds kernels once and times pairs of calls."""
 
-    def __init__(self, dtype: torch.dtype, threads: int, seconds: float) -> None:
-        self.dtype, self.threads, self.seconds = dtype, threads, seconds
+    def __init__(self, dtype: torch.dtype, threads: int, seconds: float, clock: Callable[[], float]) -> None:
+        self.dtype, self.threads, self.seconds, self.clock = dtype, threads, seconds, clock
         self.name = str(dtype).removeprefix("torch.")
         self.store = Path(tempfile.mkdtemp(prefix="graphserve-kernels-"))
         self.results: list[dict[str, Any]] = []
@@ -61,36 +62,39 @@ class Bench:
             raise SystemExit(f"{op}: {kernel.reason}")
         return kernel
 
-    def pair(
-        self, name: str, ours: Callable[[], None], theirs: Callable[[], Any], calls: int, num_bytes: int, flops: int
+    def compare(
+        self,
+        name: str,
+        kernel: Callable[[], Any],
+        rivals: dict[str, Callable[[], Any]],
+        calls: int,
+        size: int,
+        flops: int,
     ) -> None:
-        """Time ``ours`` and ``theirs`` in turns; each makes ``calls`` calls of the given bytes and FLOPs."""
-        times: dict[str, list[float]] = {"kernel": [], "torch": []}
+        """Time the kernel and its rivals in turns; each makes ``calls`` calls of ``size`` bytes and ``flops`` FLOPs."""
+        contestants = {"kernel": kernel, **rivals}
+        times: dict[str, list[float]] = {label: [] for label in contestants}
+        for call in contestants.values():
+            call()
         deadline = time.perf_counter() + self.seconds
-        ours(), theirs()
-        while time.perf_counter() < deadline or len(times["torch"]) < 5:
-            for label, call in (("kernel", ours), ("torch", theirs)):
-                start = time.perf_counter()
+        while time.perf_counter() < deadline or len(times["kernel"]) < 5:
+            for label, call in contestants.items():
+                start = self.clock()
                 call()
-                times[label].append((time.perf_counter() - start) / calls)
+                times[label].append((self.clock() - start) / calls)
         row: dict[str, Any] = {"name": name}
         for label, values in times.items():
             quartiles = statistics.quantiles(values, n=4)
             row[label] = {
                 "median_us": quartiles[1] * 1e6, "quartile_us": [quartiles[0] * 1e6, quartiles[2] * 1e6],
-                "best_us": min(values) * 1e6, "gb_per_s": num_bytes / quartiles[1] / 1e9,
+                "best_us": min(values) * 1e6, "gb_per_s": size / quartiles[1] / 1e9,
                 "gflop_per_s": flops / quartiles[1] / 1e9,
             }  # fmt: skip
-        row["speedup"] = row["torch"]["median_us"] / row["kernel"]["median_us"]
         self.results.append(row)
-        ours_row, torch_row = row["kernel"], row["torch"]
-        print(
-            f"{name:34s} {ours_row['median_us']:10.1f} us {ours_row['gb_per_s']:6.1f} GB/s"
-            f" {ours_row['gflop_per_s']:7.1f} GFLOP/s | torch {torch_row['median_us']:10.1f} us"
-            f" {torch_row['gb_per_s']:6.1f} GB/s {torch_row['gflop_per_s']:7.1f} GFLOP/s | x{row['speedup']:.2f}"
-            f" (best x{torch_row['best_us'] / ours_row['best_us']:.2f})",
-            flush=True,
-        )
+        ours = row["kernel"]
+        ratios = ", ".join(f"{label} x{row[label]['median_us'] / ours['median_us']:.2f}" for label in rivals)
+        speed = f"{ours['gb_per_s']:6.1f} GB/s {ours['gflop_per_s']:7.1f} GFLOP/s"
+        print(f"{name:34s} {ours['median_us']:10.1f} us {speed} | time of {ratios}", flush=True)
 
 
 def check(name: str, actual: Tensor, expected: Tensor) -> None:
@@ -124,10 +128,16 @@ def bench_linear(bench: Bench) -> None:
             sequence = CompiledSequence(library, [(function, pointers(x, w, None, out)) for w in packed])
             sequence.run(rows, 0, 0, bench.threads)
             check(name, out, F.linear(x, weights[-1]))
-            bench.pair(
+            prepacked = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in weights]
+            bench.compare(
                 f"linear {name} {rows} rows",
                 lambda s=sequence, r=rows: s.run(r, 0, 0, bench.threads),  # type: ignore[misc]
-                lambda ws=weights, a=x: [F.linear(a, w) for w in ws],  # type: ignore[misc]
+                {
+                    "torch": lambda ws=weights, a=x: [F.linear(a, w) for w in ws],  # type: ignore[misc]
+                    "onednn packed": lambda ws=prepacked, a=x: [  # type: ignore[misc]
+                        torch.ops.mkldnn._linear_pointwise(a, w, None, "none", [], "") for w in ws
+                    ],
+                },
                 copies, size + (x.numel() + out.numel()) * x.element_size(), 2 * rows * n * k,
             )  # fmt: skip
 
@@ -148,10 +158,10 @@ def bench_rowwise(bench: Bench) -> None:
         sequence = CompiledSequence(library, [(function, pointers(x, residual, weight, normed, total))])
         sequence.run(rows, 0, 0, bench.threads)
         check("add_rms_norm", normed, torch.ops.gs.add_rms_norm(x, residual, weight, **norm_attrs)[0])
-        bench.pair(
+        bench.compare(
             f"add_rms_norm {rows} rows",
             lambda s=sequence, r=rows: s.run(r, 0, 0, bench.threads),  # type: ignore[misc]
-            lambda a=x, b=residual, w=weight: torch.ops.gs.add_rms_norm(a, b, w, **norm_attrs),  # type: ignore[misc]
+            {"torch": lambda a=x, b=residual, w=weight: torch.ops.gs.add_rms_norm(a, b, w, **norm_attrs)},  # type: ignore[misc]  # noqa: E501
             1, 4 * x.numel() * x.element_size(), 5 * x.numel(),
         )  # fmt: skip
         both = torch.randn(rows, 2 * INNER).to(bench.dtype)
@@ -160,10 +170,10 @@ def bench_rowwise(bench: Bench) -> None:
         sequence = CompiledSequence(library, [(library.function_pointer(gate.symbol), pointers(gates, ups, product))])
         sequence.run(rows, 0, 0, bench.threads)
         check("act_mul", product, F.silu(gates) * ups)
-        bench.pair(
+        bench.compare(
             f"act_mul {rows} rows",
             lambda s=sequence, r=rows: s.run(r, 0, 0, bench.threads),  # type: ignore[misc]
-            lambda g=gates, u=ups: F.silu(g) * u,  # type: ignore[misc]
+            {"torch": lambda g=gates, u=ups: F.silu(g) * u},  # type: ignore[misc]
             1, 3 * product.numel() * product.element_size(), 10 * product.numel(),
         )  # fmt: skip
 
@@ -211,9 +221,10 @@ def bench_attention(bench: Bench) -> None:
         dense = torch.randn(2, len(contexts), KV_HEADS, contexts[0], HEAD_DIM).to(bench.dtype)
         heads = q.view(len(contexts), queries, HEADS, HEAD_DIM).transpose(1, 2)
         causal = queries > 1
-        bench.pair(
+        bench.compare(
             f"attention {name}", ours,
-            lambda h=heads, d=dense, c=causal: F.scaled_dot_product_attention(h, d[0], d[1], is_causal=c, enable_gqa=True),  # type: ignore[misc]  # noqa: E501
+            {"torch": lambda h=heads, d=dense, c=causal: F.scaled_dot_product_attention(  # type: ignore[misc]
+                h, d[0], d[1], is_causal=c, enable_gqa=True)},
             1, dense.numel() * dense.element_size(),
             4 * HEADS * HEAD_DIM * tokens * contexts[0] // (2 if causal else 1),
         )  # fmt: skip
@@ -241,10 +252,10 @@ def bench_moe(bench: Bench) -> None:
         reference = (x, ids, weights, gate_up, None, down, None)
         check("moe", out, torch.ops.gs.moe(*reference, **attrs))
         touched = len(ids.unique()) * 3 * inner * HIDDEN * x.element_size()
-        bench.pair(
+        bench.compare(
             f"moe 8 experts top 2, {rows} rows",
             lambda s=sequence, r=rows: s.run(r, 0, 0, bench.threads),  # type: ignore[misc]
-            lambda r=reference: torch.ops.gs.moe(*r, **attrs),  # type: ignore[misc]
+            {"torch": lambda r=reference: torch.ops.gs.moe(*r, **attrs)},  # type: ignore[misc]
             1, touched, 12 * rows * inner * HIDDEN,
         )  # fmt: skip
 
@@ -343,9 +354,9 @@ def bench_decode(bench: Bench) -> None:
         times = []
         deadline = time.perf_counter() + 3 * bench.seconds
         while time.perf_counter() < deadline or len(times) < 5:
-            start = time.perf_counter()
+            start = bench.clock()
             step.run()
-            times.append(time.perf_counter() - start)
+            times.append(bench.clock() - start)
         median, best = statistics.median(times), min(times)
         row = {"name": f"decode step, {streams} streams, context 256", "median_ms": median * 1e3, "best_ms": best * 1e3,
                "tokens_per_s": streams / median, "weight_gb_per_s": step.weight_bytes / median / 1e9}  # fmt: skip
@@ -366,19 +377,28 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each pair")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
     options = parser.parse_args()
     if compiler() is None:
         print("no C++ compiler found: install g++ or clang++, or point $CXX at one", file=sys.stderr)
         return 1
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu counts one thread: use it with --threads 1")
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     graphserve.kernels.register_all()
-    bench = Bench(getattr(torch, options.dtype), options.threads, options.seconds)
+    clock = time.perf_counter if options.clock == "wall" else time.thread_time
+    bench = Bench(getattr(torch, options.dtype), options.threads, options.seconds, clock)
     for name in options.only:
         SECTIONS[name](bench)
     machine = {"machine": platform.machine(), "isa": isa_level(), "compiler": compiler(), "torch": torch.__version__}
-    facts = {"date": time.strftime("%Y-%m-%d"), "dtype": options.dtype, "threads": options.threads}
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "clock": options.clock,
+    }
     print(json.dumps({**facts, **machine, "results": bench.results}))
     return 0
 

@@ -52,6 +52,24 @@ GS_INLINE vi lane_ids() {
   return ids;
 }
 
+// 16-bit lanes to 32-bit lanes and back. GCC 12 splits the 16-lane __builtin_convertvector into halves.
+GS_INLINE vu widen(vh h) {
+#if GS_WIDTH == 16
+  return bitcast<vu>(_mm512_cvtepu16_epi32(bitcast<__m256i>(h)));
+#elif GS_WIDTH == 8
+  return bitcast<vu>(_mm256_cvtepu16_epi32(bitcast<__m128i>(h)));
+#else
+  return __builtin_convertvector(h, vu);
+#endif
+}
+GS_INLINE vh narrow(vu u) {
+#if GS_WIDTH == 16
+  return bitcast<vh>(_mm512_cvtepi32_epi16(bitcast<__m512i>(u)));
+#else
+  return __builtin_convertvector(u, vh);
+#endif
+}
+
 GS_INLINE vf load(const float* p) {
   vf v;
   memcpy(&v, p, sizeof(v));
@@ -60,20 +78,22 @@ GS_INLINE vf load(const float* p) {
 GS_INLINE vf load(const bf16* p) {
   vh h;
   memcpy(&h, p, sizeof(h));
-  return bitcast<vf>(__builtin_convertvector(h, vu) << 16);
+  return bitcast<vf>(widen(h) << 16);
 }
 GS_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof(v)); }
-GS_INLINE void store(bf16* p, vf v) {
+GS_INLINE vh bf16_bits(vf v) {
 #if GS_DPBF16
-  auto h = _mm512_cvtneps_pbh(bitcast<__m512>(v));
-  memcpy(p, &h, sizeof(h));
+  return bitcast<vh>(_mm512_cvtneps_pbh(bitcast<__m512>(v)));
 #else
   vu u = bitcast<vu>(v);
   vu nearest = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu quiet = (u >> 16) | 0x40u;
-  vh h = __builtin_convertvector(v != v ? quiet : nearest, vh);
-  memcpy(p, &h, sizeof(h));
+  return narrow(v != v ? quiet : nearest);
 #endif
+}
+GS_INLINE void store(bf16* p, vf v) {
+  vh h = bf16_bits(v);
+  memcpy(p, &h, sizeof(h));
 }
 
 // The first n lanes (n < W); other lanes read as zero and are not written.
@@ -105,11 +125,7 @@ GS_INLINE vf rounded(vf v);
 template <>
 GS_INLINE vf rounded<float>(vf v) { return v; }
 template <>
-GS_INLINE vf rounded<bf16>(vf v) {
-  bf16 lanes[W];
-  store(lanes, v);
-  return load(lanes);
-}
+GS_INLINE vf rounded<bf16>(vf v) { return bitcast<vf>(widen(bf16_bits(v)) << 16); }
 
 GS_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 GS_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
