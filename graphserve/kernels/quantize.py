@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphserve.kernels.quantized_types import QUANTIZED_MAX, SMALLEST_ABSMAX
 from graphserve.kernels.registry import register
-
-# Largest value of each type; fp8 is e4m3 without infinities.
-QUANTIZED_MAX = {"int8": 127.0, "float8_e4m3fn": 448.0}
-# Rows whose largest value is below this quantize to zeros instead of dividing by (almost) nothing.
-SMALLEST_ABSMAX = 1e-10
 
 
 def quantize_rows(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:

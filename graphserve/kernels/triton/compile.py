@@ -128,7 +128,9 @@ def interpret(
         values: list[Any] = []
         for argument in kernel.arguments:
             if isinstance(argument.source, int):
-                values.append(tensors[argument.source])
+                tensor = tensors[argument.source]
+                dtype = _torch_dtype(argument.type)
+                values.append(tensor if tensor.dtype == dtype else tensor.view(dtype))
             elif argument.source == "scratch":
                 values.append(scratch.view(_torch_dtype(argument.type)))
             else:

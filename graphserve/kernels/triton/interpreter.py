@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import triton.experimental.gluon  # noqa: F401  imported by Triton at the first launch, and fails in the changed language
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
@@ -33,7 +34,8 @@ class Interpreted:
         """Run one program after another over ``grid``; an empty grid runs nothing."""
         if 0 in grid:
             return
-        with _interpreted_language():
+        # A processor makes infinities and NaNs in silence.
+        with _interpreted_language(), np.errstate(all="ignore"):
             getattr(self._module, symbol)[grid](*values)
 
 

@@ -132,19 +132,22 @@ class KernelText:
         self._arguments: list[TritonArgument] = []
         self._helpers: list[str] = []
 
-    def pointer(self, name: str, index: int) -> bool:
-        """Add argument or output ``index`` (outputs count after the arguments) as ``name``; False if it is absent."""
+    def pointer(self, name: str, index: int, as_type: str | None = None) -> bool:
+        """Add argument or output ``index`` (outputs count after the arguments) as ``name``; False if it is absent.
+
+        ``as_type``: Triton type of its elements where the kernel reads or writes their bits under another type.
+        """
         tensors = [*self.call.args, *self.call.outputs]
         spec = tensors[index]
         if spec is None:
             return False
         aligned = spec.alignment % 16 == 0
-        self._arguments.append(TritonArgument(name, f"*{triton_type(spec)}", index, aligned))
+        self._arguments.append(TritonArgument(name, f"*{as_type or triton_type(spec)}", index, aligned))
         return True
 
-    def output(self, name: str, index: int) -> None:
+    def output(self, name: str, index: int, as_type: str | None = None) -> None:
         """Add output ``index`` as ``name``."""
-        self.pointer(name, len(self.call.args) + index)
+        self.pointer(name, len(self.call.args) + index, as_type)
 
     def scratch(self, name: str, dtype: str) -> None:
         """Add the launch's scratch memory as a pointer to ``dtype``."""

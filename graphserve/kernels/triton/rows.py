@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from graphserve.kernels.arg_spec import ArgSpec, Dim, Refused, require_unit_stride, row_layout
 from graphserve.kernels.triton.kernel import KernelText, next_power_of_2
 
@@ -13,37 +15,42 @@ _THREAD_ELEMENTS = 16
 
 
 class RowProgram:
-    """Text of a program over ``[ROWS, BLOCK]`` elements: some rows, and all columns padded to a power of two.
+    """Text of a program over ``[ROWS, BLOCK]`` elements: some rows, and all their columns padded to a power of two, or
+    a tile of them.
 
     Args:
         text: the kernel being written.
         rows: a tensor whose leading dimensions are the rows.
         width: columns of a row.
         target: decides the lanes of a warp.
+        tile: columns of one program at most; by default a program takes whole rows.
 
     Raises:
-        Refused: rows longer than 16384.
+        Refused: whole rows that are longer than 16384.
     """
 
-    def __init__(self, text: KernelText, rows: ArgSpec, width: int, target: str) -> None:
-        if width > MAX_WIDTH:
+    def __init__(self, text: KernelText, rows: ArgSpec, width: int, target: str, tile: int | None = None) -> None:
+        if tile is None and width > MAX_WIDTH:
             raise Refused(f"rows of {width} elements are longer than {MAX_WIDTH}")
         self._text = text
+        self._width = width
         self.count: Dim = row_layout(rows).count
-        self.block = max(16, next_power_of_2(width))
-        self.rows = max(1, _PROGRAM_ELEMENTS // self.block)
+        self.block = min(max(16, next_power_of_2(width)), tile or MAX_WIDTH)
+        self.rows = max(1, (tile or _PROGRAM_ELEMENTS) // self.block)
         if isinstance(self.count, int):
             self.rows = min(self.rows, next_power_of_2(self.count))
         lanes = 64 if target.startswith("hip") else 32
-        self.num_warps = min(16, max(1, self.block * self.rows // (lanes * _THREAD_ELEMENTS)))
+        thread_elements = _THREAD_ELEMENTS // 2 if tile else _THREAD_ELEMENTS
+        self.num_warps = min(16, max(1, self.block * self.rows // (lanes * thread_elements)))
         text.constants(D=width, BLOCK=self.block, ROWS=self.rows)
-        self._masks_columns = self.block != width
+        self._masks_columns = width % self.block != 0
         self._masks_rows = self.rows > 1 and self.count != self.rows
 
     @property
     def grid(self) -> tuple[Dim, Dim, Dim]:
-        """One program for each ``ROWS`` rows."""
-        return (f"cdiv({self.count}, {self.rows})" if self.rows > 1 else self.count, 1, 1)
+        """One program for each ``ROWS`` rows and tile of columns."""
+        rows = f"cdiv({self.count}, {self.rows})" if self.rows > 1 else self.count
+        return (rows, -(-self._width // self.block), 1)
 
     @property
     def scalars(self) -> tuple[str, ...]:
@@ -55,17 +62,30 @@ class RowProgram:
     @property
     def head(self) -> str:
         """Statements that define ``row``, ``column`` and, where some elements lie outside, ``mask``."""
-        lines = ["column = tl.arange(0, BLOCK)[None, :]"]
+        tile = "tl.program_id(1) * BLOCK + " if self._width > self.block else ""
+        return "\n".join([self.row_head, *self._columns(tile)])
+
+    @property
+    def row_head(self) -> str:
+        """The statement that defines ``row``."""
         if self.rows == 1:
-            lines.insert(0, "row = tl.program_id(0).to(tl.int64)")
-        else:
-            lines.insert(0, "row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]")
-        conditions = (["(column < D)"] if self._masks_columns else []) + (
-            [f"(row < {self.count})"] if self._masks_rows else []
-        )
-        if conditions:
-            lines.append(f"mask = {' & '.join(conditions)}")
-        return "\n".join(lines)
+            return "row = tl.program_id(0).to(tl.int64)"
+        return "row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]"
+
+    def over_tiles(self, lines: list[str]) -> str:
+        """A loop over the tiles of the program's rows, with ``column`` and ``mask`` of each."""
+        inside = "\n".join([*self._columns("start + "), *lines])
+        return f"for start in range(0, D, BLOCK):\n{textwrap.indent(inside, '    ')}"
+
+    def _columns(self, start: str) -> list[str]:
+        lines = [
+            f"column = ({start}tl.arange(0, BLOCK))[None, :]" if start else "column = tl.arange(0, BLOCK)[None, :]"
+        ]
+        if self._masks_columns and self._masks_rows:
+            lines.append(f"mask = (column < D) & (row < {self.count})")
+        elif self.is_masked:
+            lines.append("mask = column < D" if self._masks_columns else f"mask = row < {self.count}")
+        return lines
 
     @property
     def is_masked(self) -> bool:
