@@ -12,7 +12,10 @@ from types import FunctionType
 
 from graphserve import plugins
 
-FAMILIES = ("norm", "linear", "activation", "rope", "kv_cache", "attention", "moe", "embedding", "quantize")
+FAMILIES = (
+    "norm", "linear", "activation", "rope", "kv_cache", "attention", "moe", "embedding",
+    "quantize", "sampling", "quantized_linear", "route",
+)  # fmt: skip
 
 
 @functools.cache
