@@ -16,8 +16,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """``residual + linear(x)`` for ``residual [*, N]``, each of the two rounded to ``x.dtype``."""
+    return residual + F.linear(x, weight, bias)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 register("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", linear, _fake)
+register("linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor", linear_add, _fake)
