@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -70,6 +71,8 @@ def build_plan(
     *,
     full_depth: bool = False,
     progress: Callable[[str], None] | None = None,
+    dump_dir: Path | None = None,
+    after_pass: Callable[[Pass, PassContext], None] | None = None,
 ) -> BuildResult:
     """Compile ``model`` into a plan.
 
@@ -79,6 +82,8 @@ def build_plan(
         buffers: values of the model's non-persistent buffers (inv_freq and the like), CPU.
         full_depth: trace every layer, even if layers repeat.
         progress: called with the name of each phase as it starts.
+        dump_dir: the graph before and after each pass is written to ``lift/`` and ``fuse/`` there.
+        after_pass: called after each pass with the graph as it left it.
 
     Raises:
         UnsupportedModelError: the model computes something graphserve refuses, with op and module.
@@ -95,7 +100,7 @@ def build_plan(
         _check_attention(gm, model, stack)
     ctx = PassContext(gm, max_model_len)
     with phase("lift"):
-        reports = run_pipeline(gm, ctx, LIFT)
+        reports = run_pipeline(gm, ctx, LIFT, dump_dir and dump_dir / "lift", after_pass)
     with phase("repeat"):
         if stack is not None:
             gm = repeat_layers(gm, stack)
@@ -103,7 +108,8 @@ def build_plan(
             lifted, ctx = ctx, PassContext(gm, max_model_len)
             ctx.weight_recipes |= _repeat_recipes(lifted.weight_recipes, stack)
     with phase("fuse"):
-        reports += run_pipeline(gm, ctx, FUSE + tuple(plugins.load(plugins.PASSES, Pass)))
+        fuse = FUSE + tuple(plugins.load(plugins.PASSES, Pass))
+        reports += run_pipeline(gm, ctx, fuse, dump_dir and dump_dir / "fuse", after_pass)
     with phase("lower"):
         plan = _lower(gm, ctx, model, max_model_len, constants | buffers)
     plan.passes = [msgspec.to_builtins(r) for r in reports]

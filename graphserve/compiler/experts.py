@@ -82,11 +82,13 @@ def _identify(name: str, module: Any) -> tuple[str, float, float, str]:
     if getattr(module, "has_post_expert_norm", False):
         return "", 0.0, 0.0, f"{name}: experts with a norm after each expert"
     generator = torch.Generator().manual_seed(0)
+    # Small and large numbers: a clamp shows only beyond its limit.
+    scales = torch.tensor([0.1, 3.0, 100.0, 1e4])[:, None]
     if not module.has_gate:
-        x = 3 * torch.randn(4, 64, generator=generator)
+        x = scales * torch.randn(4, 64, generator=generator)
         found = next((a for a, f in _ACTIVATIONS.items() if torch.allclose(module.act_fn(x), f(x), atol=1e-6)), None)
         return (found, 0.0, 0.0, "") if found else ("", 0.0, 0.0, f"{name}: unknown expert activation")
-    merged = 6 * torch.randn(4, 128, generator=generator)
+    merged = scales * torch.randn(4, 128, generator=generator)
     result = module._apply_gate(merged)
     if module.is_concatenated:
         gate, up = merged.chunk(2, dim=-1)

@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
 from graphserve.compiler.build import BuildResult
+from graphserve.compiler.lower_triton import TritonPlan, lower_to_triton
+from graphserve.compiler.roofline import DEVICES, Cost, Device, Step, device_named, launch_costs
 from graphserve.config import EngineConfig
-from graphserve.plan.schema import Launch
-from graphserve.runtime.cpp_backend import lower_to_cpp
+from graphserve.errors import ConfigError
+from graphserve.kernels.triton.kernel import TARGETS
+from graphserve.models.hub import resolve_config
+from graphserve.plan.schema import Launch, Plan
+from graphserve.runtime.cpp_backend import KernelPlan, lower_to_cpp
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.load import build_meta, compile_model, find_model
 
+DEFAULT_STEP = Step(batch=1, context=1024)
 _SHOWN_REFUSALS = 5  # per pass and reason
 
 
-def run_explain(model: str, json: bool = False, config_only: bool = False) -> str:
-    """Compile ``model`` without weights and describe the result.
+def run_explain(
+    model: str,
+    json: bool = False,
+    config_only: bool = False,
+    target: str = "cpu",
+    device: str = "h200",
+    batch: int = 1,
+    context: int = 1024,
+    dump_dir: Path | None = None,
+    verify: bool = False,
+) -> str:
+    """Compile ``model`` and describe the result.
 
     Args:
         model: folder, hub id or ``demo``.
         json: one JSON document instead of text.
         config_only: ``model`` need hold no more than its config.json.
+        target: ``cpu``, or a GPU such as ``cuda:90`` (which need not be there).
+        device: whose limits the roofline of a GPU target takes; one of ``roofline.DEVICES``.
+        batch, context: the decode step that bytes and operations are counted for.
+        dump_dir: graphs before and after each pass and the source of each kernel are written here.
+        verify: run the graph after every pass against eager `transformers` (reads the weights).
 
     Raises:
         GraphserveError: there is no such model, or it is refused; the reason is the message.
@@ -33,53 +55,88 @@ def run_explain(model: str, json: bool = False, config_only: bool = False) -> st
 
     register_interfaces()
     config = EngineConfig.from_kwargs(model=model)
-    folder = find_config_folder(model) if config_only else find_model(config)
+    folder = resolve_config(model) if config_only else find_model(config)
     meta, max_model_len = build_meta(config, folder, None)
-    built = compile_model(meta, max_model_len)
-    report = describe(built, config.block_size)
+    built = compile_model(meta, max_model_len, dump_dir)
+    report = describe(built, config.block_size, target, Step(batch, context), device_named(device), dump_dir)
+    if verify:
+        from graphserve.compiler.verify import verify_checkpoint
+
+        report["verification"] = msgspec.to_builtins(verify_checkpoint(folder))
     return msgspec.json.format(msgspec.json.encode(report), indent=1).decode() if json else as_text(report)
 
 
-def find_config_folder(model: str) -> Any:
-    """The folder with a model's config.json alone."""
-    from graphserve.models.hub import resolve_config
-
-    return resolve_config(model)
-
-
-def describe(built: BuildResult, block_size: int = 16) -> dict[str, Any]:
+def describe(
+    built: BuildResult,
+    block_size: int = 16,
+    target: str = "cpu",
+    step: Step = DEFAULT_STEP,
+    device: Device = DEVICES["h200"],
+    dump_dir: Path | None = None,
+) -> dict[str, Any]:
     """The report as plain data.
 
-    Keys: ``model``, ``layers`` (types and how many of each), ``passes`` (name, tier, matches, matches per layer,
-    refusals), ``launches_per_layer`` (maximum over layers), ``launches`` (by kind and op), ``leftovers`` (launches that
-    have no generated kernel, with the reason), ``cache_groups``, ``weight_bytes``, ``kv_bytes_per_token``, ``notes``.
+    Keys: ``model``, ``target``, ``layers`` (types and how many of each), ``passes`` (name, tier, matches, matches per
+    layer, refusals), ``launches_per_layer`` (maximum over layers), ``launches`` (by kind and op), ``leftovers``
+    (launches that run eagerly, with the reason), ``step`` (bytes, operations and, for a GPU, the least time of a
+    decode step), ``cache_groups``, ``weight_bytes``, ``kv_bytes_per_token``, ``notes``.
     """
     plan = built.plan
-    kernel_plan = lower_to_cpp(plan, KVCache(plan, 2, block_size, torch.device("meta")))
-    launches = [x for x in kernel_plan.plan.launches if x.kind != "view"]
-    per_layer = Counter(x.layer for x in launches if x.layer is not None)
+    cache = KVCache(plan, 2, block_size, torch.device("meta"))
+    lowered, sources = _lower_for(plan, cache, target)
+    costs = launch_costs(plan, cache, step)
+    indexed = [(i, x) for i, x in enumerate(lowered.plan.launches) if x.kind != "view"]
+    per_layer = Counter(x.layer for _, x in indexed if x.layer is not None)
     types = Counter(built.stack.types) if built.stack is not None else Counter()
-    leftovers: dict[tuple[str, str], list[int | None]] = defaultdict(list)
-    for index, reason in kernel_plan.refusals.items():
-        launch = plan.launches[index]
-        leftovers[launch.op, reason].append(launch.layer)
+    leftovers: dict[tuple[str, str], int] = Counter()
+    for index, reason in lowered.refusals.items():
+        leftovers[plan.launches[index].op, reason] += 1
+    if dump_dir is not None:
+        for name, source in sources.items():
+            (dump_dir / name).write_text(source, encoding="utf-8")
     return {
         "model": plan.model,
-        "layers": {"count": plan.model["num_layers"], "types": [types[t] for t in sorted(types)],
-                   "traced": list(built.stack.traced) if built.stack is not None else None},
+        "target": target,
+        "layers": {
+            "count": plan.model["num_layers"],
+            "types": [types[t] for t in sorted(types)],
+            "traced": list(built.stack.traced) if built.stack is not None else None,
+        },
         "seconds": {name: round(value, 3) for name, value in built.seconds.items()},
         "passes": [_describe_pass(report) for report in plan.passes],
-        "launches_per_layer": max(per_layer.values(), default=len(launches)),
-        "launches": dict(Counter(f"{x.kind} {x.op}" for x in launches)),
-        "layer_launches": [_describe_launch(x) for x in launches if x.layer == 0],
-        "leftovers": [{"op": op, "reason": reason, "count": len(at)} for (op, reason), at in leftovers.items()],
-        "cache_groups": [
-            {"layers": len(g.layers), "window": g.window, "chunk": g.chunk} for g in plan.cache_groups
-        ],
+        "launches_per_layer": max(per_layer.values(), default=len(indexed)),
+        "launches": dict(Counter(f"{x.kind} {x.op}" for _, x in indexed)),
+        "layer_launches": [_describe_launch(x, costs[i], target, device) for i, x in indexed if x.layer == 0],
+        "leftovers": [{"op": op, "reason": reason, "count": count} for (op, reason), count in leftovers.items()],
+        "num_kernels": len(sources),
+        "step": _describe_step([c for c in costs if c is not None], step, target, device),
+        "cache_groups": [{"layers": len(g.layers), "window": g.window, "chunk": g.chunk} for g in plan.cache_groups],
         "weight_bytes": sum(_num_bytes(w.spec.shape, w.spec.dtype) for w in plan.weights.values()),
         "kv_bytes_per_token": sum(s.bytes_per_token for s in plan.cache_layers if s.shared_with is None),
         "notes": built.notes,
+    }
+
+
+def _lower_for(plan: Plan, cache: KVCache, target: str) -> tuple[KernelPlan | TritonPlan, dict[str, str]]:
+    """The plan lowered for a target, and the source of each distinct kernel by file name."""
+    if target == "cpu":
+        cpp = lower_to_cpp(plan, cache)
+        return cpp, {f"{k.symbol}.cpp": k.source for k in cpp.kernels.values()}
+    if target not in TARGETS:
+        raise ConfigError(f"target {target!r} is not known: one of cpu, {', '.join(TARGETS)}")
+    gpu = lower_to_triton(plan, cache, target)
+    return gpu, {f"{k.symbol}.py": k.source for k in gpu.distinct_kernels().values()}
+
+
+def _describe_step(costs: list[Cost], step: Step, target: str, device: Device) -> dict[str, Any]:
+    total = Cost(sum(c.num_bytes for c in costs), sum(c.num_flops for c in costs))
+    described: dict[str, Any] = {
+        "batch": step.batch, "context": step.context, "bytes": total.num_bytes, "flops": total.num_flops
     }  # fmt: skip
+    if target != "cpu":
+        described["device"] = device.name
+        described["least_ms"] = round(sum(c.seconds(device) for c in costs) * 1e3, 4)
+    return described
 
 
 def _num_bytes(shape: tuple[int | str, ...], dtype: str) -> int:
@@ -104,8 +161,13 @@ def _describe_pass(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe_launch(launch: Launch) -> dict[str, Any]:
+def _describe_launch(launch: Launch, cost: Cost | None, target: str, device: Device) -> dict[str, Any]:
+    assert cost is not None
+    limit = {} if target == "cpu" else {"least_us": round(cost.seconds(device) * 1e6, 3)}
     return {
+        "bytes": cost.num_bytes,
+        "flops": cost.num_flops,
+        **limit,
         "op": launch.op,
         "kind": launch.kind,
         "kernel": launch.kernel,
@@ -120,7 +182,7 @@ def as_text(report: dict[str, Any]) -> str:
     model, layers = report["model"], report["layers"]
     lines = [
         f"{model['architecture']} ({model['model_type']}): {layers['count']} layers of {len(layers['types'])} "
-        f"type(s), dtype {model['dtype']}, max_model_len {model['max_model_len']}",
+        f"type(s), dtype {model['dtype']}, max_model_len {model['max_model_len']}, target {report['target']}",
         f"weights {report['weight_bytes'] / 2**20:,.0f} MiB, KV cache {report['kv_bytes_per_token']:,} bytes a token",
     ]
     if layers["traced"] is not None:
@@ -136,12 +198,20 @@ def as_text(report: dict[str, Any]) -> str:
             lines.append(f"      {refusal['reason']}")
             lines.append(f"        at {', '.join(at[:_SHOWN_REFUSALS])}{more}")
     lines += ["", f"launches per layer: {report['launches_per_layer']}; layer 0:"]
+    lines.append(f"  {'kind':<10}{'op':<22}{'KiB':>10}{'MFLOP':>10}  reads")
     for launch in report["layer_launches"]:
-        lines.append(f"  {launch['kind']:<10}{launch['op'].removesuffix('.default'):<22}{', '.join(launch['reads'])}")
-    lines += [
-        "",
-        "launches without a generated kernel" if report["leftovers"] else "every launch has a generated kernel",
-    ]
+        size = f"{launch['bytes'] / 1024:>10,.0f}{launch['flops'] / 1e6:>10,.1f}"
+        lines.append(
+            f"  {launch['kind']:<10}{launch['op'].removesuffix('.default'):<22}{size}  {', '.join(launch['reads'])}"
+        )
+    step = report["step"]
+    least = f"; at the limits of {step['device']} at least {step['least_ms']} ms" if "device" in step else ""
+    lines.append(
+        f"decode step, batch {step['batch']}, context {step['context']}: {step['bytes'] / 2**20:,.1f} MiB, "
+        f"{step['flops'] / 1e9:,.2f} GFLOP{least}"
+    )
+    lines.append(f"{report['num_kernels']} distinct kernels")
+    lines += ["", "launches that run eagerly" if report["leftovers"] else "no launch runs eagerly"]
     for left in report["leftovers"]:
         lines.append(f"  {left['count']:>4} x {left['op']}: {left['reason']}")
     lines += ["", "cache groups"]
@@ -150,6 +220,24 @@ def as_text(report: dict[str, Any]) -> str:
             f"window {group['window']}" if group["window"] else f"chunk {group['chunk']}" if group["chunk"] else "full"
         )
         lines.append(f"  {group['layers']} layers, {rule}")
+    lines += _verification_lines(report.get("verification"))
     total = sum(report["seconds"].values())
     lines += ["", f"compiled in {total:.1f} s: " + ", ".join(f"{k} {v:.2f} s" for k, v in report["seconds"].items())]
     return "\n".join(lines)
+
+
+def _verification_lines(verification: dict[str, Any] | None) -> list[str]:
+    if verification is None:
+        return []
+    lines = [
+        "",
+        "logits after each pass, float32",
+        f"  {'pass':<24}{'changed by':>12}{'allowed':>10}{'from eager':>12}",
+    ]
+    for stage in verification["stages"]:
+        mark = "" if stage["change"] <= stage["allowed"] else "  DEPARTS"
+        lines.append(
+            f"  {stage['name']:<24}{stage['change']:>12.1e}{stage['allowed']:>10.0e}{stage['error']:>12.1e}{mark}"
+        )
+    departs = verification["first_departure"]
+    return [*lines, f"first departure: {departs}" if departs else "every pass keeps the logits"]

@@ -18,7 +18,7 @@ from graphserve.plan.schema import Launch, Plan
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.launch_specs import op_name, split_arguments, value_name, value_specs
 
-# Ops that cuBLAS serves through torch.mm when there are many rows; a Triton kernel of the family may replace it for few.
+# Ops that cuBLAS serves through torch.mm when there are many rows; a Triton kernel may replace it for few.
 LIBRARY_OPS = {"linear": "torch.mm"}
 
 

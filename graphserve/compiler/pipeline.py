@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -108,7 +109,11 @@ class PassReport(msgspec.Struct, frozen=True):
 
 
 def run_pipeline(
-    gm: fx.GraphModule, ctx: PassContext, passes: tuple[Pass, ...] = PIPELINE, dump_dir: Path | None = None
+    gm: fx.GraphModule,
+    ctx: PassContext,
+    passes: tuple[Pass, ...] = PIPELINE,
+    dump_dir: Path | None = None,
+    after_pass: Callable[[Pass, PassContext], None] | None = None,
 ) -> list[PassReport]:
     """Applies ``passes`` in order to ``gm``, in place.
 
@@ -117,6 +122,7 @@ def run_pipeline(
         ctx: Receives new inputs, weight recipes, init graphs and cache layers.
         passes: The ordered list.
         dump_dir: When given, ``NN_name.before.txt`` and ``NN_name.after.txt`` are written there for each pass.
+        after_pass: Called after each pass, with the graph as it left it.
 
     Returns:
         One report a pass.
@@ -132,6 +138,8 @@ def run_pipeline(
         _dump(gm, dump_dir, f"{stem}.after.txt")
         logger.debug("pass %s: %d matches, %d refusals", item.name, report.matches, len(report.refusals))
         reports.append(report)
+        if after_pass is not None:
+            after_pass(item, ctx)
     gm.recompile()
     return reports
 

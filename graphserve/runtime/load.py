@@ -172,13 +172,13 @@ def build_meta(config: EngineConfig, folder: Path, stored: torch.dtype | None) -
     return meta, max_model_len
 
 
-def compile_model(meta: Any, max_model_len: int) -> BuildResult:
-    """Compile a meta model, its stages shown in the phase's note."""
+def compile_model(meta: Any, max_model_len: int, dump_dir: Path | None = None) -> BuildResult:
+    """Compile a meta model, its stages shown in the phase's note. ``dump_dir`` takes the graph around each pass."""
     from graphserve.compiler.build import build_plan
     from graphserve.models.meta_model import non_persistent_buffers
 
     with phase("compile") as work:
-        built = build_plan(meta, max_model_len, non_persistent_buffers(meta))
+        built = build_plan(meta, max_model_len, non_persistent_buffers(meta), dump_dir=dump_dir)
         work.note = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in built.seconds.items())
     for note in built.notes:
         logger.info("%s", note)
