@@ -7,6 +7,7 @@ as the launcher will call it, so that registers, spills and vector loads can be 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -82,7 +83,7 @@ def _generate(launch: Launch, specs: dict[str, ArgSpec], target: str) -> list[Tr
         return Refusal(f"{launch.op} has no Triton generator")
     if op == "gather_rows":
         args: list[ArgSpec | None] = [specs.get(value_name(launch.args[0])), specs.get(value_name(launch.args[2]))]
-        attrs = {}
+        attrs: dict[str, Any] = {}
     else:
         args, attrs = split_arguments(launch, specs)
     outputs = [specs.get(name) for name in launch.outputs if name is not None]
