@@ -7,6 +7,10 @@ bucket and never on a length.
 
 from __future__ import annotations
 
+import dataclasses
+
+from msgspec.structs import replace
+
 from graphserve.kernels.arg_spec import ITEM_SIZES, ArgSpec, Call, Dim, Refused, product, require_unit_stride
 from graphserve.kernels.triton.attention_form import AttentionForm, AttentionTile, choose_tile, head_parts
 from graphserve.kernels.triton.attention_source import (
@@ -15,6 +19,7 @@ from graphserve.kernels.triton.attention_source import (
     attention_body,
     bits_are_converted,
     is_quantized,
+    lacks_e4m3,
 )
 from graphserve.kernels.triton.attention_split import partial_bytes, reduce_kernel
 from graphserve.kernels.triton.kernel import KernelText, TritonKernel, require_float
@@ -51,7 +56,7 @@ def attention(call: Call, target: str) -> TritonKernel | list[TritonKernel]:
         Refused: a dtype, head size or layout outside what the kernel covers.
     """
     tensors = {name: call.optional(i) for i, name in enumerate(TENSORS[call.op])}
-    form = _form(call, tensors)
+    form = _form(call, tensors, target)
     tile = choose_tile(form, target)
     kernels = [_attention_kernel(call, tensors, form, tile, target)]
     if form.segments > 1:
@@ -63,6 +68,9 @@ def _attention_kernel(
     call: Call, tensors: dict[str, ArgSpec | None], form: AttentionForm, tile: AttentionTile, target: str
 ) -> TritonKernel:
     is_split = form.segments > 1
+    if bits_are_converted(form, target):
+        as_bytes = [spec and replace(spec, dtype="uint8" if i in (1, 2) else spec.dtype) for i, spec in enumerate(call.args)]
+        call = dataclasses.replace(call, args=as_bytes)
     text = KernelText(call, f"{call.op}_segment" if is_split else None)
     unused = {"kv_v"} if form.value_is_key_prefix else set()
     if is_split:
@@ -123,7 +131,7 @@ def _add_constants(
             text.constants(**{name: value})
 
 
-def _form(call: Call, tensors: dict[str, ArgSpec | None]) -> AttentionForm:
+def _form(call: Call, tensors: dict[str, ArgSpec | None], target: str) -> AttentionForm:
     """Sizes and rule of a launch, checked."""
     for i, name in enumerate(tensors):
         if name in _REQUIRED:
@@ -138,7 +146,7 @@ def _form(call: Call, tensors: dict[str, ArgSpec | None]) -> AttentionForm:
     require_float(("q", q), *((name, tensors[name]) for name in _RULE))
     for name, spec in (("q", q), ("the keys", k), ("the values", v), ("the result", out)):
         require_unit_stride(spec, name)
-    _check_dtypes(tensors, q, k, v, out)
+    _check_dtypes(tensors, q, k, v, out, target)
     _check_sizes(call, q, k, v, out)
     segments = int(call.attrs.get("segments", 1))
     if not 1 <= segments <= MAX_SEGMENTS:
@@ -164,11 +172,15 @@ def _form(call: Call, tensors: dict[str, ArgSpec | None]) -> AttentionForm:
     )
 
 
-def _check_dtypes(tensors: dict[str, ArgSpec | None], q: ArgSpec, k: ArgSpec, v: ArgSpec, out: ArgSpec) -> None:
+def _check_dtypes(
+    tensors: dict[str, ArgSpec | None], q: ArgSpec, k: ArgSpec, v: ArgSpec, out: ArgSpec, target: str
+) -> None:
     if k.dtype != v.dtype or k.dtype not in (q.dtype, "float8_e4m3fn"):
         raise Refused(f"keys are {k.dtype}, values {v.dtype}: both must be {q.dtype}, as q is, or float8_e4m3fn")
     if out.dtype != q.dtype and not is_quantized(out.dtype):
         raise Refused(f"the result is {out.dtype}: it must be {q.dtype}, as q is, float8_e4m3fn or int8")
+    if out.dtype == "float8_e4m3fn" and lacks_e4m3(target):
+        raise Refused(f"{target} has no float8_e4m3fn: quantize the result to int8")
     needed = {"k_scale": k.dtype != q.dtype, "v_scale": k.dtype != q.dtype, "out_scale": is_quantized(out.dtype)}
     for name, is_needed in needed.items():
         spec = tensors.get(name)

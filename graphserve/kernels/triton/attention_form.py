@@ -110,29 +110,41 @@ def head_parts(dim: int, least_width: int) -> tuple[Part, ...]:
     return (Part(0, main, main), Part(main, dim - main, tail))
 
 
-# Bytes of fast memory that one program's loop may fill. The largest a program can ask for is 163 KiB on sm_80,
-# 227 KiB on sm_90 and sm_100, 64 KiB on gfx942.
-_LOOP_BYTES = {"cuda:80": 96 << 10, "cuda:90": 128 << 10, "cuda:100": 128 << 10, "hip:gfx942": 32 << 10}
+# Bytes of keys and values in flight. A decode program waits on memory, so several should share a processor (163 KiB on
+# sm_80, 227 KiB on sm_90 and sm_100, 64 KiB on gfx942); the others also hold their queries there.
+_DECODE_BYTES = {"cuda:80": 80 << 10, "cuda:90": 80 << 10, "cuda:100": 80 << 10, "hip:gfx942": 24 << 10}
+_MIXED_BYTES = {"cuda:80": 96 << 10, "cuda:90": 144 << 10, "cuda:100": 144 << 10, "hip:gfx942": 48 << 10}
 
 
 def choose_tile(form: AttentionForm, target: str) -> AttentionTile:
-    """Rows, keys, warps and stages of a program, so that accumulators fit in registers and tiles in fast memory."""
+    """Rows, keys, warps and stages of a program.
+
+    The choice rests on what compiles show: accumulators and scores fit in registers, tiles in shared memory, matrix
+    instructions have the rows they want (64 a warp group on sm_90). It is not tuned on a device.
+    """
     is_hip = target.startswith("hip")
     key_columns = sum(part.width for part in form.k_parts)
     value_columns = sum(part.width for part in form.v_parts)
-    loaded = key_columns + (0 if form.value_is_key_prefix else value_columns)
-    item = ITEM_SIZES[form.dtype]
+    loaded_columns = key_columns + (0 if form.value_is_key_prefix else value_columns)
+    # A latent head's accumulator takes the registers that more rows or keys would need.
+    is_wide = value_columns >= 512
     if form.single_query:
-        # One token fills a matrix instruction only as far as its group reaches; more rows would be idle.
-        most_rows = 16 if value_columns >= 512 else 64
-        block_m, most_keys, num_stages = min(max(16, next_power_of_2(form.group)), most_rows), 128, 3
+        # More rows than a token has heads would be idle.
+        block_m = min(max(16, next_power_of_2(form.group)), 32 if is_wide else 64)
+        tile = 128 if len(form.k_parts) == 1 else 64
     else:
-        block_m, most_keys, num_stages = 128 if value_columns <= 128 else 64 if value_columns <= 256 else 32, 64, 2
-    if is_hip:
-        num_stages = 1 if loaded * item * 32 * 2 > _LOOP_BYTES[target] else 2
-    tile = most_keys
-    while tile > 16 and loaded * item * tile * num_stages > _LOOP_BYTES[target]:
+        block_m = 128 if value_columns <= 128 else 32 if is_wide else 64
+        # Without warp-group instructions the tile's scores and both operands lie in registers too.
+        tile = 32 if target == "cuda:80" and value_columns > 64 else 64
+    if is_wide:
+        tile = 16 if is_hip else 32
+    has_warp_groups = target in ("cuda:90", "cuda:100") and block_m >= 64
+    buffers = 1 if is_hip else 2
+    limit = (_DECODE_BYTES if form.single_query else _MIXED_BYTES)[target]
+    while tile > 16 and buffers * tile * loaded_columns * ITEM_SIZES[form.dtype] > limit:
         tile //= 2
-    # An accumulator of 64 registers a thread leaves room for the scores and one operand.
-    num_warps = 8 if block_m * value_columns > 64 * 128 or value_columns >= 256 and not form.single_query else 4
+    # Keys wait for their block numbers, which are loaded ahead as well: the compiler spreads the stages over both, and
+    # keeps one buffer more where matrix instructions run beside the copies.
+    num_stages = 3 if is_hip or has_warp_groups else 5
+    num_warps = 8 if not is_hip and (block_m >= 128 or block_m * value_columns > 64 * 128) else 4
     return AttentionTile(block_m, tile, num_warps, num_stages)

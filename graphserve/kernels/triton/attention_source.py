@@ -17,6 +17,7 @@ E4M3_HELPER = '''
 @triton.jit
 def e4m3_to_fp16(bits):
     """The value of each e4m3 byte (0x7f and 0xff, its NaNs, come out as 480): the exponent bias of fp16 is 8 more."""
+    bits = bits.to(tl.uint8, bitcast=True)
     sign = (bits & 0x80).to(tl.uint16) << 8
     rest = (bits & 0x7F).to(tl.uint16) << 7
     return (sign | rest).to(tl.float16, bitcast=True) * 256.0
@@ -302,11 +303,12 @@ def _load(form: AttentionForm, target: str, x: str, index: int, part: Part, mask
     columns = _columns(x, index)
     mask = _mask("is_key[:, None]" if masked else "", part, columns, f"{x.upper()}_DIM")
     pointer = f"{_name(form, x)} + {x}_row[:, None] + {columns}[None, :]"
-    loaded = f"tl.load({pointer}, mask={mask}, other=0.0)" if mask else f"tl.load({pointer})"
+    zero = "0" if bits_are_converted(form, target) else "0.0"
+    loaded = f"tl.load({pointer}, mask={mask}, other={zero})" if mask else f"tl.load({pointer})"
     if form.cache_dtype == form.dtype:
         return loaded
     if bits_are_converted(form, target):
-        loaded = f"e4m3_to_fp16({loaded.replace('other=0.0', 'other=0')})"
+        loaded = f"e4m3_to_fp16({loaded})"
     return f"{loaded}.to({TL_DTYPES[form.dtype]})"
 
 
@@ -314,9 +316,14 @@ def _name(form: AttentionForm, x: str) -> str:
     return f"kv_{x}_ptr" if form.block_size else f"{x}_ptr"
 
 
+def lacks_e4m3(target: str) -> bool:
+    """The processor has no instructions for float8_e4m3fn (gfx942 has another e4m3)."""
+    return target in ("cuda:80", "hip:gfx942")
+
+
 def bits_are_converted(form: AttentionForm, target: str) -> bool:
-    """The processor has no instruction that widens this cache dtype, so that the kernel does it in integers."""
-    return form.cache_dtype == "float8_e4m3fn" and target in ("cuda:80", "hip:gfx942")
+    """The kernel gets the cache as bytes and widens them in integers."""
+    return form.cache_dtype == "float8_e4m3fn" and lacks_e4m3(target)
 
 
 def _store(form: AttentionForm) -> str:
