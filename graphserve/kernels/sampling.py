@@ -14,14 +14,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphserve.kernels.gumbel import gumbel_noise
 from graphserve.kernels.registry import register
+from graphserve.kernels.sampling_rules import GROUP, INVALID_TOKEN, UNIT_MASS, hash_bits
 
-GROUP = 128  # neighbouring tokens whose largest score stands beside the scores
-# Mass of the most likely token. Sums over 2**20 tokens stay below 2**60, and what is rounded away (less than 2**-40 of
-# the largest for each token) is at most 2**-22 of a row of 2**18 tokens.
-UNIT_MASS = 2**40
-INVALID_TOKEN = -1
+
+def gumbel_noise(ids: Tensor, keys: Tensor) -> Tensor:
+    """Standard Gumbel noise, a function of each (key, token id) alone.
+
+    The argmax of ``logit + g`` with independent noise ``g`` is a draw from the softmax (Gumbel 1954; Maddison et al.
+    2014). Noise that is a hash needs no generator state, so a row's draw cannot depend on the rows beside it.
+
+    Args:
+        ids: int32 ``[rows or 1, n]`` token ids.
+        keys: int32 ``[rows, 2]``.
+
+    Returns:
+        float32 ``[rows, n]``.
+    """
+    bits = hash_bits(ids, keys[:, :1], keys[:, 1:])
+    # u in (0, 1) with full relative precision near 0, where -log1p(-u) is small and the winners of a race lie. The
+    # upper bound keeps u below 1 in float32.
+    u = ((bits.to(torch.float32) + 0.5) * 2.0**-31).clamp_(max=1.0 - 2.0**-24)
+    return -(-torch.log1p(-u)).log()
 
 
 def distances(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +50,10 @@ def distances(scores: Tensor) -> tuple[Tensor, Tensor]:
     """
     row_max = scores.amax(-1)
     top = row_max[:, None]
-    return row_max, torch.where(scores == top, 0.0, top - scores)  # an infinite largest score has distance 0 too
+    distance = top - scores
+    if bool((row_max == torch.inf).any()):
+        distance = torch.where(scores == top, 0.0, distance)  # an infinite largest score is at distance 0 from itself
+    return row_max, distance
 
 
 def token_mass(distance: Tensor) -> Tensor:

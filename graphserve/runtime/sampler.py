@@ -1,20 +1,28 @@
 """From logits to tokens and log-probabilities.
 
 A row's result depends on that row's logits, parameters and key only: not on other rows, on their number, or on its own
-place among them. Randomness is Gumbel-max (Gumbel 1954; Maddison et al. 2014): the argmax of ``logit + g`` with
-independent Gumbel noise ``g`` is a draw from the softmax. The noise of token ``v`` is a stateless hash of (seed,
-position, v), so there is no generator whose state could be shared. Reductions whose order of summation may depend on
-the number of rows (sum, logsumexp) are avoided; ``log_softmax`` and ``cumsum`` go along one row.
+place among them. What is kept and drawn is defined in :mod:`graphserve.kernels.sampling`, whose sums of integers give
+the same answer in any order; here it is found by looking at the most likely tokens first.
 """
 
 from __future__ import annotations
 
 import torch
 
+from graphserve.kernels.sampling import (
+    adjust_row,
+    distances,
+    greedy_tokens,
+    gumbel_noise,
+    token_mass,
+    top_p_target,
+)
 from graphserve.runtime.step_input import (
     ALL_LOGPROBS,
     INVALID_TOKEN,
     NO_LOGPROBS,
+    Float32Array,
+    Int64Array,
     LogitsAdjustment,
     PromptLogprobsRows,
     SamplingInput,
@@ -25,6 +33,8 @@ from graphserve.runtime.step_input import (
 # Rows with top-k or top-p look at this many most likely tokens first, and at all of them only if these do not decide.
 NUM_CANDIDATES = 256
 NOISE_CHUNK_ELEMENTS = 1 << 20  # noise is made for this many logits at a time, to bound the temporaries
+_NUM_BINS = 2048  # in which the tokens of a whole row are counted
+_FARTHEST_MASS = 28.0  # a token at a larger distance has no mass
 
 
 class Sampler:
@@ -58,7 +68,7 @@ class Sampler:
             logits = logits.float()
             for adjustment in sampling.adjustments:
                 adjust_logits(logits[adjustment.row], adjustment)
-        token_ids = _argmax(logits)
+        token_ids = greedy_tokens(logits)
         if not sampling.is_greedy:
             token_ids = _replace_sampled(token_ids, logits, sampling)
         output.token_ids = token_ids.tolist()
@@ -72,32 +82,28 @@ class Sampler:
 
 
 def adjust_logits(logits: torch.Tensor, adjustment: LogitsAdjustment) -> None:
-    """Apply one row's restrictions, bias and penalties, in the order of the fields of :class:`LogitsAdjustment`.
+    """Apply one row's restrictions, bias and penalties; see :func:`graphserve.kernels.sampling.adjust_row`.
 
     Args:
         logits: [vocab] float32, changed in place.
     """
-    device = logits.device
-    if adjustment.allowed_ids is not None:
-        ids = torch.from_numpy(adjustment.allowed_ids).to(device)
-        allowed = logits[ids]
-        logits.fill_(-torch.inf)
-        logits[ids] = allowed
-    if adjustment.banned_ids is not None:
-        logits[torch.from_numpy(adjustment.banned_ids).to(device)] = -torch.inf
-    if adjustment.bias_ids is not None:
-        assert adjustment.bias_values is not None
-        logits[torch.from_numpy(adjustment.bias_ids).to(device)] += torch.from_numpy(adjustment.bias_values).to(device)
-    if adjustment.seen_ids is not None:
-        ids = torch.from_numpy(adjustment.seen_ids).to(device)
-        seen = logits[ids]
-        penalty = adjustment.repetition_penalty
-        logits[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
-    if adjustment.output_ids is not None:
-        assert adjustment.output_counts is not None
-        ids = torch.from_numpy(adjustment.output_ids).to(device)
-        counts = torch.from_numpy(adjustment.output_counts).to(device)
-        logits[ids] -= adjustment.frequency_penalty * counts + adjustment.presence_penalty
+
+    def tensor(values: Int64Array | Float32Array | None) -> torch.Tensor | None:
+        return None if values is None else torch.from_numpy(values).to(logits.device)
+
+    bias_ids, bias_values = tensor(adjustment.bias_ids), tensor(adjustment.bias_values)
+    output_ids, output_counts = tensor(adjustment.output_ids), tensor(adjustment.output_counts)
+    adjust_row(
+        logits,
+        allowed_ids=tensor(adjustment.allowed_ids),
+        banned_ids=tensor(adjustment.banned_ids),
+        bias=None if bias_ids is None or bias_values is None else (bias_ids, bias_values),
+        seen_ids=tensor(adjustment.seen_ids),
+        repetition_penalty=adjustment.repetition_penalty,
+        output=None if output_ids is None or output_counts is None else (output_ids, output_counts),
+        frequency_penalty=adjustment.frequency_penalty,
+        presence_penalty=adjustment.presence_penalty,
+    )
 
 
 def top_logprobs(logprobs: torch.Tensor, token_id: int, count: int) -> TokenLogprobs:
@@ -123,12 +129,6 @@ def _prompt_logprobs(logits: torch.Tensor, rows: PromptLogprobsRows) -> list[Tok
     ]
 
 
-def _argmax(logits: torch.Tensor) -> torch.Tensor:
-    """int64 [rows]: the most likely token, ``INVALID_TOKEN`` where NaN or minus infinity is the largest logit."""
-    values, ids = logits.max(dim=-1)
-    return torch.where(values > -torch.inf, ids, INVALID_TOKEN)  # a comparison with NaN is False
-
-
 def _replace_sampled(token_ids: torch.Tensor, logits: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
     """Replace the argmax by a draw in the valid rows whose temperature is not 0."""
     assert sampling.temperature is not None and sampling.keys is not None
@@ -141,128 +141,128 @@ def _replace_sampled(token_ids: torch.Tensor, logits: torch.Tensor, sampling: Sa
     keys = torch.from_numpy(sampling.keys.view("int32")).to(device)[rows]
     top_k = torch.from_numpy(sampling.top_k).to(device)[rows]
     top_p = torch.from_numpy(sampling.top_p).to(device)[rows]
-    min_p = torch.from_numpy(sampling.min_p).to(device)[rows]
-    scaled = logits[rows] / temperature[rows, None]
-    if bool((min_p > 0).any()):
-        # log(0) is minus infinity: rows without min_p keep all
-        scaled.masked_fill_(scaled < scaled.amax(-1, keepdim=True) + min_p.log()[:, None], -torch.inf)
+    limit = -torch.from_numpy(sampling.min_p).to(device)[rows].log()  # min_p 0 gives infinity: all are kept
+    distance = distances(logits[rows] / temperature[rows, None])[1]
     is_cut = ((top_k > 0) & (top_k < logits.shape[-1])) | (top_p < 1.0)
     drawn = torch.empty_like(rows)
     whole = torch.nonzero(~is_cut).flatten()
     if len(whole):
-        drawn[whole] = _draw(scaled[whole], keys[whole])
+        drawn[whole] = _draw(distance[whole], limit[whole], keys[whole])
     cut = torch.nonzero(is_cut).flatten()
     if len(cut):
-        drawn[cut] = _draw_cut(scaled[cut], keys[cut], top_k[cut], top_p[cut])
+        drawn[cut] = _draw_cut(distance[cut], limit[cut], keys[cut], top_k[cut], top_p[cut])
     return token_ids.index_put((rows,), drawn)
 
 
-def _draw(scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Draw from the softmax of each row.
+def _draw(distance: torch.Tensor, limit: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Draw from the softmax of each row restricted to distances up to a limit.
 
     Args:
-        scores: [rows, vocab] float32.
+        distance: [rows, vocab] float32.
+        limit: [rows] float32.
         keys: [rows, 2] int32.
 
     Returns:
         int64 [rows].
     """
-    vocab = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
-    step = max(1, NOISE_CHUNK_ELEMENTS // scores.shape[-1])
-    drawn = [
-        (scores[i : i + step] + gumbel_noise(vocab[None], keys[i : i + step])).argmax(-1)
-        for i in range(0, scores.shape[0], step)
-    ]
+    vocab = torch.arange(distance.shape[-1], dtype=torch.int32, device=distance.device)
+    step = max(1, NOISE_CHUNK_ELEMENTS // distance.shape[-1])
+    has_limit = bool((limit < torch.inf).any())
+    drawn = []
+    for i in range(0, distance.shape[0], step):
+        scores = gumbel_noise(vocab[None], keys[i : i + step]) - distance[i : i + step]
+        if has_limit:
+            scores.masked_fill_(distance[i : i + step] > limit[i : i + step, None], -torch.inf)
+        drawn.append(scores.argmax(-1))
     return torch.cat(drawn)
 
 
-def _draw_cut(scaled: torch.Tensor, keys: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Draw from the softmax of each row restricted by top-k, then top-p.
-
-    Tokens as likely as the last one kept are kept too, so the restriction is a threshold on the log-probability and
-    does not depend on how a sort orders equal values.
-    """
-    logprobs = scaled.log_softmax(-1)
-    vocab_size = logprobs.shape[-1]
-    if vocab_size <= NUM_CANDIDATES:
-        return _draw_among(logprobs, vocab_size, keys, top_k, top_p)[0]
-    drawn, is_decided = _draw_among(logprobs, NUM_CANDIDATES, keys, top_k, top_p)
-    rest = torch.nonzero(~is_decided).flatten()
-    if len(rest):
-        drawn[rest] = _draw_among(logprobs[rest], vocab_size, keys[rest], top_k[rest], top_p[rest])[0]
+def _draw_cut(
+    distance: torch.Tensor, limit: torch.Tensor, keys: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    """Draw from the softmax of each row restricted by a limit of the distance, top-k, then top-p."""
+    near, ids = distance.topk(min(NUM_CANDIDATES, distance.shape[-1]), largest=False)
+    cut, is_decided = cut_among(near, distance, limit, top_k, top_p)
+    scores = gumbel_noise(ids.to(torch.int32), keys) - near
+    best = scores.masked_fill_(near > cut[:, None], -torch.inf).argmax(-1, keepdim=True)
+    drawn = ids.gather(1, best).flatten()
+    for row in torch.nonzero(~is_decided).flatten().tolist():
+        row_cut = cut_of_row(distance[row], limit[row], int(top_k[row]), top_p[row])
+        kept = torch.nonzero(distance[row] <= row_cut).flatten()
+        noise = gumbel_noise(kept.to(torch.int32)[None], keys[row : row + 1])[0]
+        drawn[row] = kept[(noise - distance[row][kept]).argmax()]
     return drawn
 
 
-def _draw_among(
-    logprobs: torch.Tensor, width: int, keys: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+def cut_among(
+    near: torch.Tensor, distance: torch.Tensor, limit: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw among the ``width`` most likely tokens of each row.
-
-    Returns:
-        int64 [rows] tokens, and bool [rows]: whether every token that top-k and top-p keep was among them (the token
-        is meaningless where not).
-    """
-    values, ids = logprobs.topk(width)
-    threshold, is_decided = cut_threshold(values, top_k, top_p)
-    noise = gumbel_noise(ids.to(torch.int32), keys)
-    scores = (values + noise).masked_fill(values < threshold[:, None], -torch.inf)
-    return ids.gather(1, scores.argmax(-1, keepdim=True)).flatten(), is_decided
-
-
-def cut_threshold(values: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability down to which top-k, then top-p on what top-k left, keep tokens.
+    """The largest distance that each row keeps, judged by its most likely tokens.
 
     Args:
-        values: [rows, width] float32 log-probabilities, descending.
+        near: [rows, width] float32, the smallest distances of each row, ascending.
+        distance: [rows, vocab] float32.
+        limit: float32 [rows], the largest distance that min-p keeps.
         top_k: int64 [rows], 0 for off.
         top_p: float32 [rows], 1 for off.
 
     Returns:
-        float32 [rows] threshold, minus infinity keeps all; and bool [rows], whether no token beyond ``values`` has a
-        part in it (where one may have, the threshold holds only if ``values`` is the whole vocabulary).
+        float32 [rows], the distance; and bool [rows], whether every token that is kept is in ``near`` (the distance
+        means nothing where not).
     """
-    width = values.shape[-1]
-    has_top_k = top_k > 0
-    kth = (top_k - 1).clamp(0, width - 1)
-    k_threshold = values.gather(1, kth[:, None]).flatten()
-    k_threshold = torch.where(has_top_k & (top_k <= width), k_threshold, -torch.inf)
-    probs = values.exp().masked_fill(values < k_threshold[:, None], 0.0)
-    cumulative = probs.cumsum(-1)
-    # With top-k, the mass is that of what top-k keeps; without, the values are normalised over the vocabulary.
-    mass = torch.where(has_top_k, cumulative[:, -1], 1.0)
-    # A token stays while the mass before it is below top_p; the first one always does.
-    stays = (cumulative - probs) < (top_p * mass)[:, None]
-    last = stays.sum(-1).clamp(min=1) - 1
-    p_threshold = values.gather(1, last[:, None]).flatten()
-    p_threshold = torch.where(top_p < 1.0, p_threshold, -torch.inf)
-    # A last value below the threshold shows that no token beyond is at or above it. Top-k needs this for its own one,
-    # because the mass that top-p looks at is that of all tokens which top-k keeps.
-    is_decided = (values[:, -1] < torch.where(has_top_k, k_threshold, p_threshold)) | (values[:, -1] == -torch.inf)
-    return torch.maximum(k_threshold, p_threshold), is_decided
+    width, vocab = near.shape[-1], distance.shape[-1]
+    has_top_k = (top_k > 0) & (top_k < vocab)
+    kth = near.gather(1, (top_k - 1).clamp(0, width - 1)[:, None]).flatten()
+    kept = torch.minimum(limit, torch.where(has_top_k & (top_k <= width), kth, torch.inf))
+    cumulative = token_mass(near).masked_fill_(near > kept[:, None], 0).cumsum(-1)
+    total = cumulative[:, -1]
+    if width < vocab and not bool(has_top_k.all()):
+        total = torch.where(has_top_k, total, token_mass(distance).masked_fill_(distance > limit[:, None], 0).sum(-1))
+    # A token stays while the mass nearer than it is below the target: one more stays than do not reach it.
+    num_below = (cumulative < top_p_target(top_p, total)[:, None]).sum(-1, keepdim=True)
+    last = near.gather(1, num_below.clamp(max=width - 1)).flatten()
+    cut = torch.where(top_p < 1.0, torch.minimum(kept, last), kept)
+    # A last distance beyond the cut shows that none after it is within. Top-k needs this for its own cut, because the
+    # mass that top-p looks at is that of all tokens which top-k keeps.
+    farthest = near[:, -1]
+    is_decided = (farthest > torch.where(has_top_k, kept, cut)) | (farthest == torch.inf) | (width == vocab)
+    return cut, is_decided
 
 
-def gumbel_noise(ids: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise, a function of each (key, token id) alone.
-
-    The hash is murmur3's 32-bit finalizer with the second key word mixed in between, so that rows whose first words
-    differ by a multiple of the token stride still share no noise.
+def cut_of_row(distance: torch.Tensor, limit: torch.Tensor, top_k: int, top_p: torch.Tensor) -> torch.Tensor:
+    """The largest distance that one row keeps, from all its tokens and without sorting them.
 
     Args:
-        ids: int32 [rows or 1, n] token ids.
-        keys: int32 [rows, 2].
+        distance: [vocab] float32.
+        limit: float32 [], the largest distance that min-p keeps.
+        top_k: 0 for off.
+        top_p: float32 [], 1 for off.
 
     Returns:
-        float32 [rows, n].
+        float32 [].
     """
-    h = ids * -1640531535 + keys[:, :1]  # 0x9E3779B1, the golden ratio; products wrap around
-    h = h ^ ((h >> 16) & 0xFFFF)
-    h = h * -2048144789  # 0x85EBCA6B
-    h ^= keys[:, 1:]
-    h ^= (h >> 13) & 0x7FFFF
-    h *= -1028477387  # 0xC2B2AE35
-    h ^= (h >> 16) & 0xFFFF
-    h = (h >> 1) & 0x7FFFFFFF
-    # u in (0, 1) with full relative precision near 0, where -log1p(-u) is small and the winners of a race lie. The
-    # upper bound keeps u below 1 in float32.
-    u = ((h.to(torch.float32) + 0.5) * 2.0**-31).clamp_(max=1.0 - 2.0**-24)
-    return -(-torch.log1p(-u)).log()
+    cut = limit
+    if 0 < top_k < distance.shape[-1]:
+        farthest = float(distance.masked_fill(distance == torch.inf, 0).amax())
+        ones = torch.ones_like(distance, dtype=torch.int64)
+        cut = torch.minimum(cut, _distance_reaching(distance, ones, top_k, farthest))
+    if top_p < 1.0:
+        mass = token_mass(distance).masked_fill_(distance > cut, 0)
+        target = int(top_p_target(top_p, mass.sum()))
+        cut = torch.minimum(cut, _distance_reaching(distance, mass, target, _FARTHEST_MASS))
+    return cut
+
+
+def _distance_reaching(distance: torch.Tensor, amounts: torch.Tensor, target: int, farthest: float) -> torch.Tensor:
+    """The smallest distance within which the amounts (int64) sum up to the target, which all of them reach.
+
+    A histogram of distances up to ``farthest`` finds the bin in which that happens; only its tokens are sorted.
+    """
+    bins = (distance * (_NUM_BINS / max(farthest, 1.0))).clamp_(max=_NUM_BINS - 1).to(torch.int64)
+    histogram = amounts.new_zeros(_NUM_BINS).scatter_add_(0, bins, amounts)
+    within = histogram.cumsum(0)
+    place = int((within < target).sum())
+    members = torch.nonzero(bins == place).flatten()
+    ordered, order = distance[members].sort()
+    reached = within[place] - histogram[place] + amounts[members][order].cumsum(0)
+    return ordered[int((reached < target).sum())]

@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling_rows import assert_distribution, kept_probabilities
 
-from graphserve.runtime.sampler import NUM_CANDIDATES, Sampler, gumbel_noise
+from graphserve.kernels.sampling import gumbel_noise
+from graphserve.runtime.sampler import NUM_CANDIDATES, Sampler
 from graphserve.runtime.step_input import (
     ALL_LOGPROBS,
     INVALID_TOKEN,
@@ -37,42 +39,6 @@ def sampling(num_rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=Non
     )
 
 
-def kept_by_sorting(logits, temperature, top_k, top_p, min_p):
-    """Reference in float64: probabilities [vocab] after temperature, min-p, top-k and top-p; ties are kept."""
-    probs = torch.softmax(logits.double() / temperature, -1)
-    probs[probs < probs.max() * min_p] = 0
-    if top_k:
-        probs[probs < probs.sort(descending=True).values[min(top_k, len(probs)) - 1]] = 0
-    probs /= probs.sum()
-    if top_p < 1:
-        ordered = probs.sort(descending=True).values
-        before = ordered.cumsum(-1) - ordered
-        probs[probs < ordered[int((before < top_p).sum()) - 1]] = 0
-    return probs / probs.sum()
-
-
-def chi_square(counts, probs):
-    """Statistic and degrees of freedom over the cells that expect at least 5 draws; the others are pooled."""
-    expected = probs * counts.sum()
-    big = expected >= 5
-    observed, wanted = counts[big].double(), expected[big]
-    rest_observed, rest_wanted = counts[~big].sum().double(), expected[~big].sum()
-    statistic = ((observed - wanted) ** 2 / wanted).sum()
-    cells = int(big.sum())
-    if rest_wanted >= 5:
-        statistic += (rest_observed - rest_wanted) ** 2 / rest_wanted
-        cells += 1
-    return float(statistic), max(cells - 1, 1)
-
-
-def assert_distribution(tokens, probs):
-    counts = torch.bincount(torch.tensor(tokens), minlength=len(probs))
-    assert counts[probs == 0].sum() == 0, "a token was drawn that is cut off"
-    statistic, freedom = chi_square(counts, probs)
-    # Mean `freedom`, standard deviation sqrt(2 freedom): fixed seeds, so this passes always or never.
-    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -96,7 +62,7 @@ def test_draws_follow_the_exact_distribution(options, vocab, varies):
     )
     tokens = Sampler()(logits.expand(num, vocab), sampling(num, **options, **given_)).token_ids
     assert_distribution(
-        tokens, kept_by_sorting(logits, **{"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, **options})
+        tokens, kept_probabilities(logits, **{"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, **options})
     )
 
 
@@ -159,9 +125,9 @@ def test_a_row_depends_on_nothing_but_itself(options, rng, vocab, has_ties):
         if temperature == 0.0:
             assert together[i] == int(logits[i].argmax())
         else:
-            probs = kept_by_sorting(logits[i], temperature, top_k, top_p, min_p)
+            probs = kept_probabilities(logits[i], temperature, top_k, top_p, min_p)
             # At the edge of top-p, float32 and the float64 reference may disagree about one token.
-            loose = kept_by_sorting(logits[i], temperature, top_k, min(1.0, top_p + 1e-5), min_p)
+            loose = kept_probabilities(logits[i], temperature, top_k, min(1.0, top_p + 1e-5), min_p)
             assert probs[together[i]] > 0 or loose[together[i]] > 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphserve.kernels.arg_spec import Call
-from graphserve.kernels.sampling import INVALID_TOKEN
+from graphserve.kernels.sampling_rules import INVALID_TOKEN
 from graphserve.kernels.triton.kernel import KernelText, TritonKernel, next_power_of_2, require_float
 from graphserve.kernels.triton.sampler_text import DISTANCE, GUMBEL_NOISE, Vocabulary, hash_function, require_shape
 

@@ -7,7 +7,7 @@ lie in its block, one list after the other. A list that the launch does not have
 from __future__ import annotations
 
 from graphserve.kernels.arg_spec import Call
-from graphserve.kernels.sampling import GROUP
+from graphserve.kernels.sampling_rules import GROUP
 from graphserve.kernels.triton.kernel import KernelText, TritonKernel, require_float
 from graphserve.kernels.triton.sampler_text import Vocabulary, require_shape
 

@@ -9,8 +9,7 @@ import textwrap
 import msgspec
 
 from graphserve.kernels.arg_spec import ArgSpec, Refused, require_unit_stride
-from graphserve.kernels.gumbel import hash_bits
-from graphserve.kernels.sampling import GROUP, UNIT_MASS
+from graphserve.kernels.sampling_rules import GROUP, UNIT_MASS, hash_bits
 from graphserve.kernels.triton.kernel import KernelText, next_power_of_2
 
 BLOCK_TOKENS = 4096  # of one program: 128 KiB of bf16 logits in flight for each 16 programs
@@ -44,7 +43,7 @@ def gumbel_noise(ids, first, second):
 
 
 def hash_function() -> str:
-    """:func:`graphserve.kernels.gumbel.hash_bits` as the text of a ``@triton.jit`` function."""
+    """:func:`graphserve.kernels.sampling_rules.hash_bits` as the text of a ``@triton.jit`` function."""
     function = ast.parse(inspect.getsource(hash_bits)).body[0]
     assert isinstance(function, ast.FunctionDef)
     parameters = ", ".join(argument.arg for argument in function.args.args)
