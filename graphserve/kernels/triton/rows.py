@@ -92,15 +92,23 @@ class RowProgram:
         """Whether some elements of a program lie outside the tensor."""
         return self._masks_columns or self._masks_rows
 
-    def load(self, pointer: str, constant: str, spec: ArgSpec) -> str:
-        """Expression of the program's elements of ``spec`` (shape ``[ROWS, BLOCK]``, the tensor's dtype, 0 outside)."""
+    def load(self, pointer: str, constant: str, spec: ArgSpec, row: str = "row") -> str:
+        """Expression of the program's elements of ``spec`` (shape ``[ROWS, BLOCK]``, the tensor's dtype, 0 outside).
+
+        ``row``: an int64 variable with the index of each row in ``spec``.
+        """
         require_unit_stride(spec, pointer)
-        mask = ", mask=mask, other=0.0" if self.is_masked else ""
-        return f"tl.load({pointer} + {self._text.row_start(constant, spec)} + column{mask})"
+        mask = ", mask=mask, other=0" if self.is_masked else ""
+        return f"tl.load({pointer} + {self._text.row_start(constant, spec, row)} + column{mask})"
+
+    def load_row(self, pointer: str) -> str:
+        """Expression of one value a row of a contiguous tensor (shape ``[ROWS, 1]``, or a scalar of one row)."""
+        mask = f", mask=row < {self.count}, other=0" if self._masks_rows else ""
+        return f"tl.load({pointer} + row{mask})"
 
     def load_columns(self, pointer: str) -> str:
         """Expression of one value a column (shape ``[1, BLOCK]``), for weights and biases."""
-        mask = ", mask=column < D, other=0.0" if self._masks_columns else ""
+        mask = ", mask=column < D, other=0" if self._masks_columns else ""
         return f"tl.load({pointer} + column{mask})"
 
     def store(self, pointer: str, constant: str, spec: ArgSpec, value: str) -> str:
