@@ -19,6 +19,7 @@ from graphserve.compiler.canonicalize import canonicalize
 from graphserve.compiler.capture import capture, register_interfaces
 from graphserve.compiler.layers import (
     LayerStack,
+    drop_markers,
     find_layers,
     marked,
     number_layers,
@@ -156,7 +157,8 @@ def _capture_stack(
     if reason is None:
         return gm, constants, stack
     notes.append(f"layers are not separable: {reason}")
-    return *_capture_canonical(model, names), None
+    drop_markers(gm)
+    return gm, constants, None
 
 
 def _capture_marked(

@@ -10,7 +10,6 @@ import msgspec
 import torch
 
 from graphserve.compiler.build import BuildResult
-from graphserve.compiler.lower_triton import TritonPlan, lower_to_triton
 from graphserve.compiler.roofline import DEVICES, Cost, Device, Step, device_named, launch_costs
 from graphserve.config import EngineConfig
 from graphserve.errors import ConfigError
@@ -20,6 +19,7 @@ from graphserve.plan.schema import Launch, Plan
 from graphserve.runtime.cpp_backend import KernelPlan, lower_to_cpp
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.load import build_meta, compile_model, find_model
+from graphserve.runtime.triton_plan import TritonPlan, lower_to_triton
 
 DEFAULT_STEP = Step(batch=1, context=1024)
 _SHOWN_REFUSALS = 5  # per pass and reason

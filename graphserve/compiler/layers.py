@@ -223,6 +223,14 @@ def _place(node: fx.Node, path: str, layer: int) -> None:
         node.meta["gs_module"] = re.sub(rf"^{re.escape(path)}\.\d+", f"{path}.{layer}", module)
 
 
+def drop_markers(gm: fx.GraphModule) -> None:
+    """Remove the marker nodes of a graph that holds every layer already."""
+    for node in list(gm.graph.nodes):
+        if node.target in (torch.ops.gs.layer_begin.default, torch.ops.gs.layer_end.default):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+
+
 def why_not_repeatable(gm: fx.GraphModule, stack: LayerStack) -> str | None:
     """A sentence why the traced layers cannot stand for the others, or None if they can."""
     found = regions(gm.graph)

@@ -23,11 +23,11 @@ from graphserve.kernels.cpu import (
     pack_moe_weights,
 )
 from graphserve.plan.arena import launch_inputs
-from graphserve.plan.runner import Action, PlanRunner, StepSize, resolve_op
+from graphserve.plan.runner import Action, PlanRunner, StepSize
 from graphserve.plan.schema import Launch, Plan
 from graphserve.progress import phase
 from graphserve.runtime.kv_cache import KVCache
-from graphserve.runtime.launch_specs import op_name, split_arguments, value_name, value_specs
+from graphserve.runtime.launch_specs import op_name, split_arguments, tensor_names, value_name, value_specs
 
 logger = logging.getLogger(__name__)
 
@@ -198,17 +198,7 @@ class CppBackend:
         self, launch: Launch, runner: PlanRunner, tensors: Mapping[str, torch.Tensor], size: StepSize
     ) -> Action | None:
         assert launch.kernel is not None
-        if op_name(launch) == "gather_rows":
-            names = [value_name(launch.args[0]), value_name(launch.args[2])]
-        else:
-            arguments = resolve_op(launch.op)._schema.arguments  # type: ignore[attr-defined]
-            given = [
-                launch.args[i] if i < len(launch.args) else launch.kwargs.get(a.name)
-                for i, a in enumerate(arguments)
-                if "Tensor" in str(a.type)
-            ]
-            names = [value_name(g) for g in given]
-        names += [n for n in launch.outputs if n is not None]
+        names = tensor_names(launch)
         pointers = [self._pointer(name, tensors) for name in names]
         return _Call(self._functions[launch.kernel], pointers)
 

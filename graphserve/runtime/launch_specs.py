@@ -47,6 +47,20 @@ def split_arguments(launch: Launch, specs: dict[str, ArgSpec]) -> tuple[list[Arg
     return args, attrs
 
 
+def tensor_names(launch: Launch) -> list[str]:
+    """Names of a launch's tensor arguments in op order, then of its outputs; empty for absent ones."""
+    if op_name(launch) == "gather_rows":
+        names = [value_name(launch.args[0]), value_name(launch.args[2])]
+    else:
+        arguments = resolve_op(launch.op)._schema.arguments  # type: ignore[attr-defined]
+        names = [
+            value_name(launch.args[i] if i < len(launch.args) else launch.kwargs.get(a.name))
+            for i, a in enumerate(arguments)
+            if "Tensor" in str(a.type)
+        ]
+    return names + [name for name in launch.outputs if name is not None]
+
+
 def value_specs(plan: Plan, kv_cache: KVCache) -> dict[str, ArgSpec]:
     """Shape and strides of every value, symbolic in T, R and S, by evaluating all views at two step sizes."""
     first, second = ({**_sample(plan, kv_cache, size)} for size in _SAMPLES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -14,10 +14,14 @@ from graphserve.kernels.cpu import compiler
 from graphserve.plan.cache_dir import cache_dir
 from graphserve.plan.runner import PlanRunner, StepSize
 from graphserve.plan.schema import Plan
+from graphserve.progress import phase
 from graphserve.runtime.cpp_backend import CppBackend, lower_to_cpp
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.step_input import StepInput
 from graphserve.runtime.weights import materialize_weights
+
+if TYPE_CHECKING:
+    from graphserve.runtime.triton_backend import TritonBackend
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +58,9 @@ class ModelRunner:
         self.kv_cache: KVCache | None = None
         self._weights = weights
         self._is_cpp = self._choose(backend)
+        self._is_triton = backend != "reference" and self.device.type == "cuda"
         self._cpp: CppBackend | None = None
+        self._triton: TritonBackend | None = None
         self._block_table_len = 0
         self._inputs: dict[str, torch.Tensor] = {}
         self._runner = PlanRunner(plan, weights, self._inputs, _view_input, self.device)
@@ -73,6 +79,8 @@ class ModelRunner:
         self._block_table_len = -(-self.plan.model["max_model_len"] // block_size)
         if self._is_cpp:
             self._use_cpp()
+        elif self._is_triton:
+            self._use_triton()
 
     def _choose(self, backend: Backend) -> bool:
         """Whether to run generated C++."""
@@ -96,6 +104,30 @@ class ModelRunner:
         self._cpp.table_lens = [self._block_table_len] * len(self.plan.cache_groups)
         self._runner.set_plan(kernel_plan.plan, {"cpp": self._cpp})
 
+    def _use_triton(self) -> None:
+        """Switch launches to generated Triton kernels, compiled for this device."""
+        from graphserve.kernels.triton.compile import compile_for
+        from graphserve.runtime.cuda_driver import CudaDriver
+        from graphserve.runtime.triton_backend import TritonBackend, target_of
+        from graphserve.runtime.triton_plan import lower_to_triton
+
+        assert self.kv_cache is not None
+        if self._triton is not None:
+            self._triton.close()
+        target = target_of(torch.cuda.get_device_capability(self.device))
+        lowered = lower_to_triton(self.plan, self.kv_cache, target)
+        kernels = lowered.distinct_kernels()
+        with phase("compile Triton kernels", total=len(kernels), unit="kernels") as work:
+            compiled = {}
+            for key, kernel in kernels.items():
+                compiled[key] = compile_for(kernel, target)
+                work.advance()
+        driver = CudaDriver()
+        driver.use_device(self.device.index or 0)
+        self._triton = TritonBackend(lowered, compiled, driver, self.device)
+        self._triton.table_lens = [self._block_table_len] * len(self.plan.cache_groups)
+        self._runner.set_plan(lowered.plan, {"triton": self._triton, "library": self._triton})
+
     def reserve(self, max_tokens: int, max_rows: int, max_seqs: int) -> None:
         """Make room for the largest step, so that nothing moves later."""
         self._grow_inputs(StepSize((max_tokens, max_rows, max_seqs)))
@@ -118,6 +150,9 @@ class ModelRunner:
         """Free weights, KV cache and buffers."""
         self.kv_cache = None
         self._cpp = None
+        if self._triton is not None:
+            self._triton.close()
+            self._triton = None
         self._runner.release()
 
     def _grow_inputs(self, size: StepSize) -> None:

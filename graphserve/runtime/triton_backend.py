@@ -1,0 +1,149 @@
+"""Generated Triton kernels behind a plan: compiled for the device at hand, launched through its driver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graphserve.errors import DeviceError
+from graphserve.kernels.triton.grid import evaluate
+from graphserve.kernels.triton.kernel import TARGETS, TritonKernel
+from graphserve.plan.runner import Action, PlanRunner, StepSize
+from graphserve.plan.schema import Launch
+from graphserve.runtime.cuda_driver import CudaDriver
+from graphserve.runtime.cuda_launcher import CudaLaunch, CudaLauncher
+from graphserve.runtime.launch_specs import op_name, tensor_names, value_name
+from graphserve.runtime.triton_plan import TritonPlan
+
+if TYPE_CHECKING:
+    from graphserve.kernels.triton.compile import CompiledKernel
+
+# Above this many rows a product is no longer bound by reading the weight, and cuBLAS is at its best.
+MAX_GEMV_ROWS = 16
+
+
+def target_of(capability: tuple[int, int]) -> str:
+    """The compile target for a CUDA compute capability.
+
+    Raises:
+        DeviceError: the device is older than the oldest target.
+    """
+    known = sorted((int(t.split(":")[1]) for t in TARGETS if t.startswith("cuda:")), reverse=True)
+    have = capability[0] * 10 + capability[1]
+    for number in known:
+        # A binary runs on its own major version only, so 90 serves 9.x and 100 serves 10.x.
+        if have // 10 == number // 10:
+            return f"cuda:{number}"
+    raise DeviceError(
+        f"compute capability {capability[0]}.{capability[1]} is not served: kernels exist for "
+        f"{', '.join(f'{n // 10}.x' for n in sorted(known))}"
+    )
+
+
+class TritonBackend:
+    """Binds ``triton`` and ``library`` launches on a CUDA device.
+
+    Args:
+        plan: from :func:`graphserve.runtime.triton_plan.lower_to_triton`.
+        compiled: binaries of the plan's kernels by key.
+        driver: with the device's context current on this thread.
+        device: where the runner's tensors live.
+        stream: the ``CUstream`` that launches go to, 0 for the default one.
+
+    Invariant: launches hold addresses only; the runner keeps its tensors alive and in place while they may run.
+    """
+
+    def __init__(
+        self,
+        plan: TritonPlan,
+        compiled: Mapping[str, CompiledKernel],
+        driver: CudaDriver,
+        device: torch.device,
+        stream: int = 0,
+    ) -> None:
+        self._kernels = {kernels[0].symbol: kernels for kernels in plan.kernels.values()}
+        self._launchers = {
+            key: CudaLauncher(driver, kernel, compiled[key]) for key, kernel in plan.distinct_kernels().items()
+        }
+        self._device = device
+        self._stream = stream
+        # Two areas: kernels that need zeros leave zeros behind, the others leave anything.
+        self._scratch = {zeroed: torch.zeros(0, dtype=torch.uint8, device=device) for zeroed in (True, False)}
+        self._outgrown: list[torch.Tensor] = []  # launches bound before still point there
+        self.table_lens: list[int] = []
+
+    @property
+    def num_kernels(self) -> int:
+        return len(self._launchers)
+
+    def bind(
+        self, launch: Launch, runner: PlanRunner, tensors: Mapping[str, torch.Tensor], size: StepSize
+    ) -> Action | None:
+        if op_name(launch) == "linear":
+            x = tensors[value_name(launch.args[0])]
+            if launch.kind == "library" or x.numel() // x.shape[-1] > MAX_GEMV_ROWS:
+                return _bind_product(launch, tensors)
+        assert launch.kernel is not None
+        scalars = self._scalars(size)
+        pointers = [tensors[name].data_ptr() if name else None for name in tensor_names(launch)]
+        launches = [
+            self._launchers[kernel.key].prepare(
+                pointers, scalars, self._scratch_address(kernel, scalars), stream=self._stream
+            )
+            for kernel in self._kernels[launch.kernel]
+        ]
+        return launches[0] if len(launches) == 1 else _Several(launches)
+
+    def finish(self, actions: list[Action], size: StepSize) -> list[Action]:
+        flat: list[Action] = []
+        for action in actions:
+            flat.extend(action.launches if isinstance(action, _Several) else [action])
+        return flat
+
+    def close(self) -> None:
+        """Unload all kernels; bound launches must not be made any more."""
+        for launcher in self._launchers.values():
+            launcher.close()
+        self._launchers.clear()
+        self._scratch.clear()
+        self._outgrown.clear()
+
+    def _scalars(self, size: StepSize) -> dict[str, int]:
+        tokens, rows, seqs = size
+        return {"T": tokens, "R": rows, "S": seqs, **{f"B_{g}": n for g, n in enumerate(self.table_lens)}}
+
+    def _scratch_address(self, kernel: TritonKernel, scalars: Mapping[str, int]) -> int:
+        num_bytes = evaluate(kernel.scratch, scalars)
+        if num_bytes == 0:
+            return 0
+        area = self._scratch[kernel.scratch_zeroed]
+        if area.numel() < num_bytes:
+            self._outgrown.append(area)
+            area = self._scratch[kernel.scratch_zeroed] = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        return area.data_ptr()
+
+
+class _Several:
+    """The launches of one plan launch, in order."""
+
+    def __init__(self, launches: list[CudaLaunch]) -> None:
+        self.launches = launches
+
+    def __call__(self) -> None:
+        for launch in self.launches:
+            launch()
+
+
+def _bind_product(launch: Launch, tensors: Mapping[str, Any]) -> Action:
+    """``gs.linear`` as one library call that writes the plan's buffer."""
+    x, weight = (tensors[value_name(a)] for a in launch.args[:2])
+    bias = tensors[value_name(launch.args[2])] if value_name(launch.args[2]) else None
+    (name,) = launch.outputs
+    assert name is not None
+    output = tensors[name]
+    rows, result, transposed = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1]), weight.t()
+    if bias is None:
+        return lambda: torch.mm(rows, transposed, out=result)
+    return lambda: torch.addmm(bias, rows, transposed, out=result)
