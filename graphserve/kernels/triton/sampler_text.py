@@ -44,10 +44,12 @@ def gumbel_noise(ids, first, second):
 
 def hash_function() -> str:
     """:func:`graphserve.kernels.sampling_rules.hash_bits` as the text of a ``@triton.jit`` function."""
-    function = ast.parse(inspect.getsource(hash_bits)).body[0]
+    source = inspect.getsource(hash_bits)
+    function = ast.parse(source).body[0]
     assert isinstance(function, ast.FunctionDef)
     parameters = ", ".join(argument.arg for argument in function.args.args)
-    body = "\n".join(ast.unparse(statement) for statement in function.body[1:])  # the docstring stays behind
+    statements = function.body[1:]  # the docstring stays behind
+    body = "\n".join(ast.get_source_segment(source, statement) or "" for statement in statements)
     return f"@triton.jit\ndef {function.name}({parameters}):\n{textwrap.indent(body, '    ')}"
 
 
