@@ -69,7 +69,9 @@ def _attention_kernel(
 ) -> TritonKernel:
     is_split = form.segments > 1
     if bits_are_converted(form, target):
-        as_bytes = [spec and replace(spec, dtype="uint8" if i in (1, 2) else spec.dtype) for i, spec in enumerate(call.args)]
+        as_bytes = [
+            spec and replace(spec, dtype="uint8" if i in (1, 2) else spec.dtype) for i, spec in enumerate(call.args)
+        ]
         call = dataclasses.replace(call, args=as_bytes)
     text = KernelText(call, f"{call.op}_segment" if is_split else None)
     unused = {"kv_v"} if form.value_is_key_prefix else set()
@@ -98,7 +100,9 @@ def _table_length(table: ArgSpec) -> str:
     """The step scalar that is the length of a block table's row."""
     length = table.shape[-1]
     if not isinstance(length, str) or table.stride(0) not in (length, f"({length})"):
-        raise Refused(f"block_table is {table.shape} with strides {table.strides}: its rows must be contiguous, B_g long")
+        raise Refused(
+            f"block_table is {table.shape} with strides {table.strides}: its rows must be contiguous, B_g long"
+        )
     return length
 
 
@@ -185,8 +189,10 @@ def _check_dtypes(
     for name, is_needed in needed.items():
         spec = tensors.get(name)
         if (spec is not None) != is_needed:
-            raise Refused(f"{name} is {'absent' if is_needed else 'given'}: {k.dtype} keys and a {out.dtype} result "
-                          f"{'need it' if is_needed else 'have none'}")
+            raise Refused(
+                f"{name} is {'absent' if is_needed else 'given'}: {k.dtype} keys and a {out.dtype} result "
+                f"{'need it' if is_needed else 'have none'}"
+            )
         if spec is not None and (spec.dtype != "float32" or product(spec.shape) != 1):
             raise Refused(f"{name} must be one float32 number, got {spec.dtype} {spec.shape}")
 
@@ -198,8 +204,10 @@ def _check_sizes(call: Call, q: ArgSpec, k: ArgSpec, v: ArgSpec, out: ArgSpec) -
     if heads % kv_heads:
         raise Refused(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
     if k.shape[-1] != q.shape[-1] or max(q.int_dim(2), v_dim) > MAX_HEAD_DIM:
-        raise Refused(f"head sizes {q.shape[-1]} (q), {k.shape[-1]} (keys), {v_dim} (values): q's and the keys' must be "
-                      f"equal, none above {MAX_HEAD_DIM}")
+        raise Refused(
+            f"head sizes {q.shape[-1]} (q), {k.shape[-1]} (keys), {v_dim} (values): q's and the keys' must be "
+            f"equal, none above {MAX_HEAD_DIM}"
+        )
     if out.stride(-2) != heads * v_dim:
         raise Refused(f"the result must be contiguous, got strides {out.strides}")
     if call.attr("scale") <= 0:

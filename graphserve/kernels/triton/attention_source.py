@@ -51,7 +51,11 @@ def _text(text: str) -> str:
 
 def _locate_queries(form: AttentionForm) -> str:
     """Which sequence, which of its query tokens, how many keys."""
-    length = "tl.load(seq_lens_ptr + sequence, mask={live}, other=0)" if form.block_size else "tl.where({live}, query_len, 0)"
+    length = (
+        "tl.load(seq_lens_ptr + sequence, mask={live}, other=0)"
+        if form.block_size
+        else "tl.where({live}, query_len, 0)"
+    )
     if form.single_query:
         return _text(f"""
             # Token t is the one query of sequence t. Padding tokens have no keys, so that they get zeros.
@@ -253,9 +257,7 @@ def _addresses(form: AttentionForm, masked: bool) -> list[str]:
 
 def _scores(form: AttentionForm, target: str, masked: bool) -> list[str]:
     """Scores of the tile in log-2 units, or, without soft cap and ALiBi, still to be multiplied by score_scale."""
-    lines = [
-        f"k_{i} = {_load(form, target, 'k', i, part, masked)}" for i, part in enumerate(form.k_parts)
-    ]
+    lines = [f"k_{i} = {_load(form, target, 'k', i, part, masked)}" for i, part in enumerate(form.k_parts)]
     for i in range(len(form.k_parts)):
         total = f", scores{_precision(form)}" if i else _precision(form)
         lines.append(f"scores = tl.dot(q_{i}, tl.trans(k_{i}){total})")
@@ -329,7 +331,9 @@ def bits_are_converted(form: AttentionForm, target: str) -> bool:
 def _store(form: AttentionForm) -> str:
     lines = ["# A row without any key has the sum 0 and gets zeros."]
     lines.append("inverse = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)")
-    factors = ["tl.load(v_scale_ptr)"] * _is_scaled(form) + ["(1.0 / tl.load(out_scale_ptr))"] * is_quantized(form.out_dtype)
+    factors = ["tl.load(v_scale_ptr)"] * _is_scaled(form) + ["(1.0 / tl.load(out_scale_ptr))"] * is_quantized(
+        form.out_dtype
+    )
     if factors:
         lines.append(f"inverse *= {' * '.join(factors)}")
     lines.append("out_row = token * OUT_TOKEN_STRIDE + head * V_DIM")
@@ -349,7 +353,7 @@ def _store_partial(form: AttentionForm) -> str:
         "inverse = 1.0 / total",
         "# partial: [T, HEADS, SEGMENTS, V_DIM] results, then [T, HEADS, SEGMENTS] logarithms",
         "part_row = (token * HEADS + head) * SEGMENTS + segment",
-        "log_sum = tl.where(row_sum == 0.0, float(\"-inf\"), row_max + tl.log2(total))",
+        'log_sum = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(total))',
         "tl.store(partial_ptr + T.to(tl.int64) * (HEADS * SEGMENTS * V_DIM) + part_row, log_sum, mask=is_row)",
         "is_part = is_row & (row_sum != 0.0)",
     ]

@@ -123,7 +123,9 @@ def interpret(
 
     kernels = [kernels] if isinstance(kernels, TritonKernel) else list(kernels)
     scratch_bytes = max(evaluate(kernel.scratch, scalars) for kernel in kernels)
-    scratch = torch.zeros(scratch_bytes // 16 * 16 + 16, dtype=torch.uint8)
+    # What a kernel reads before it wrote it must not look like a number.
+    fill = 0 if any(kernel.scratch_zeroed for kernel in kernels) else 0xFF
+    scratch = torch.full((scratch_bytes // 16 * 16 + 16,), fill, dtype=torch.uint8)
     for kernel in kernels:
         values: list[Any] = []
         for argument in kernel.arguments:
