@@ -28,6 +28,7 @@ GENERATORS: dict[str, tuple[str, str]] = {
     "rope_kv_write_quant": ("rope_kv", "rope_kv_write"),
     "kv_write": ("rope_kv", "rope_kv_write"),
     "kv_write_quant": ("rope_kv", "rope_kv_write"),
+    "pointwise": ("pointwise", "pointwise"),
     "embedding": ("embedding", "embedding"),
     "gather_rows": ("embedding", "gather_rows"),
     "act_mul": ("activation", "act_mul"),

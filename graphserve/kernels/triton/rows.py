@@ -92,6 +92,12 @@ class RowProgram:
         """Whether some elements of a program lie outside the tensor."""
         return self._masks_columns or self._masks_rows
 
+    def mask_for(self, has_rows: bool, has_columns: bool) -> str:
+        """The keyword that keeps a load of a broadcast tensor inside: of the axes it has, those that are padded."""
+        conditions = ["(column < D)"] * (self._masks_columns and has_columns)
+        conditions += [f"(row < {self.count})"] * (self._masks_rows and has_rows)
+        return f", mask={' & '.join(conditions)}, other=0" if conditions else ""
+
     def load(self, pointer: str, constant: str, spec: ArgSpec, row: str = "row") -> str:
         """Expression of the program's elements of ``spec`` (shape ``[ROWS, BLOCK]``, the tensor's dtype, 0 outside).
 

@@ -1,0 +1,85 @@
+"""A group of elementwise ATen calls as data: what one generated kernel computes in registers.
+
+Values are numbered: the group's inputs first, then one for each instruction. Arguments are written as in
+:class:`graphserve.plan.schema.Launch`, with ``{"v": number}`` for a value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Instruction(msgspec.Struct, frozen=True, array_like=True):
+    """One ATen call with one result.
+
+    Attributes:
+        op: ``aten.mul.Tensor``.
+        args: positional arguments: ``{"v": number}``, ``{"dtype": name}``, ``{"f": "inf"}`` or plain JSON values.
+        dtype: of the result, ``bfloat16``.
+        kwargs: the other arguments.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    dtype: str
+    kwargs: dict[str, Any] = {}
+
+    def __str__(self) -> str:
+        args = [_argument(a) for a in self.args] + [f"{k}={_argument(v)}" for k, v in self.kwargs.items()]
+        return f"{self.op}({', '.join(args)}) -> {self.dtype}"
+
+
+class PointwiseProgram(msgspec.Struct, frozen=True):
+    """Instructions in order and the values that leave the group.
+
+    Invariant: an instruction names only values before it.
+    """
+
+    num_inputs: int
+    instructions: tuple[Instruction, ...]
+    results: tuple[int, ...]
+
+    def encode(self) -> str:
+        """The JSON text that ``gs.pointwise`` takes."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def decode(cls, text: str) -> PointwiseProgram:
+        """Read what :meth:`encode` wrote.
+
+        Raises:
+            ValueError: the text is no program, or an instruction names a value that is not before it.
+        """
+        program = msgspec.json.decode(text, type=cls)
+        for number, instruction in enumerate(program.instructions, start=program.num_inputs):
+            for argument in (*instruction.args, *instruction.kwargs.values()):
+                if is_value(argument) and not 0 <= argument["v"] < number:
+                    raise ValueError(f"{instruction} names value {argument['v']}, but is value {number} itself")
+        last = program.num_inputs + len(program.instructions)
+        if not program.results or not all(0 <= result < last for result in program.results):
+            raise ValueError(f"results {program.results} must name one or more of {last} values")
+        return program
+
+    def lines(self) -> list[str]:
+        """One readable line an instruction."""
+        return [f"v{n} = {i}" for n, i in enumerate(self.instructions, start=self.num_inputs)]
+
+
+def is_value(argument: Any) -> bool:
+    """Whether an argument stands for a value of the program."""
+    return isinstance(argument, dict) and "v" in argument
+
+
+def literal(argument: Any) -> Any:
+    """A plain argument with ``{"f": "inf"}`` as the float it stands for."""
+    return float(argument["f"]) if isinstance(argument, dict) and "f" in argument else argument
+
+
+def _argument(argument: Any) -> str:
+    if is_value(argument):
+        return f"v{argument['v']}"
+    if isinstance(argument, dict):
+        return str(next(iter(argument.values())))
+    return repr(argument)
