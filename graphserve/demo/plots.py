@@ -7,18 +7,11 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
 
-GIRLS = _words(
-    "Lily, Mia, Anna, Ruby, Lucy, Sara, Ella, Rose, Nina, Zoe, Daisy, Amy, Emma, Sue, Molly, Jane, Kim, Ivy, Clara, "
-    "Olive, Penny, Tina, Maya, Nora, Luna, Hazel, Poppy, Greta, Bella, Kate, Fiona, Polly"
-)
-BOYS = _words(
-    "Tom, Ben, Max, Sam, Leo, Jack, Tim, Finn, Bob, Spot, Oscar, Hugo, Timmy, Joe, Pip, Felix, Noah, Adam, Paul, "
-    "Peter, Otto, Theo, Billy, Dan, Eddie, Frank, Henry, Luke, Mark, Nick, Toby, Rex"
-)
+GIRLS = _words("Lily, Mia, Anna, Ruby, Lucy, Sara, Ella, Rose, Nina, Zoe, Daisy, Amy, Emma, Molly, Kim, Bella")
+BOYS = _words("Tom, Ben, Max, Sam, Leo, Jack, Tim, Finn, Bob, Spot, Oscar, Hugo, Pip, Felix, Noah, Toby")
 ANIMALS = _words(
-    "cat, dog, fox, bear, rabbit, mouse, frog, duck, bird, lion, elephant, monkey, turtle, owl, pig, horse, hen, bee, "
-    "penguin, squirrel, kitten, puppy, dragon, robot, fish, tiger, wolf, goat, sheep, cow, snail, deer, hedgehog, "
-    "butterfly, ant, crab, parrot, swan, giraffe, zebra, unicorn, monster, giant, fairy"
+    "cat, dog, fox, bear, rabbit, mouse, frog, duck, bird, lion, elephant, monkey, turtle, owl, pig, horse, bee, "
+    "penguin, squirrel, kitten, puppy, dragon, robot, fish, tiger, wolf, sheep, cow, monster, fairy"
 )
 WOMEN = _words("girl, queen, princess, witch")
 MEN = _words("boy, king, prince, wizard, knight, pirate")
