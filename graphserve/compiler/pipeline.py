@@ -34,6 +34,7 @@ from graphserve.passes import (
     position_tables,
     rms_norm,
     rope,
+    route,
     row_reshape,
     weight_constants,
 )
@@ -59,6 +60,7 @@ LIFT: tuple[Pass, ...] = (
     row_reshape.PASS,  # after the row-wise ops are lifted: it moves reshapes behind them
     no_ops.PASS,  # removes the pairs of reshapes that now meet
     dense_experts.PASS,  # after glu and no_ops: the products of all experts then meet without reshapes between
+    route.PASS,  # after dense_experts: it starts at the experts, and reads the router's steps backwards
 )
 
 # At full depth, markers gone: what reaches over layers, and what numbers them.

@@ -8,7 +8,7 @@ from torch import Tensor
 from graphserve.kernels.registry import register
 
 SCORES = ("softmax", "sigmoid", "none")
-NORMALIZE = ("none", "sum", "softmax")
+NORMALIZE = ("none", "sum", "softmax", "sigmoid")
 
 
 def route(
@@ -32,7 +32,8 @@ def route(
         bias: ``[E]`` or None, added to the scores for the choice alone, not for the weights (DeepSeek-V3).
         top_k: experts a row.
         scores: ``softmax`` or ``sigmoid`` of the logits, or ``none`` for the logits themselves.
-        normalize: ``sum`` divides the chosen scores by their sum, ``softmax`` takes their softmax, ``none`` neither.
+        normalize: what makes the chosen scores weights: ``sum`` divides by their sum, ``softmax`` and ``sigmoid`` are
+            taken of them, ``none`` leaves them.
         eps: added to that sum.
         min_sum: the sum is at least this.
         scale: factor of the weights.
@@ -44,9 +45,14 @@ def route(
     Returns:
         Weights ``[N, top_k]`` in ``dtype`` and expert ids ``[N, top_k]`` int64, best first. Which of two equal choices
         is taken is not defined.
+
+    Raises:
+        ValueError: ``scores`` or ``normalize`` is unknown.
     """
+    if scores not in SCORES or normalize not in NORMALIZE:
+        raise ValueError(f"scores={scores!r}, normalize={normalize!r}: use one of {SCORES} and one of {NORMALIZE}")
     wide = logits.float()
-    score = {"softmax": lambda: wide.softmax(-1), "sigmoid": wide.sigmoid, "none": lambda: wide}[scores]()
+    score = wide.softmax(-1) if scores == "softmax" else wide.sigmoid() if scores == "sigmoid" else wide
     choice = score if bias is None else score + bias.float()
     if num_groups > 1:
         grouped = choice.unflatten(-1, (num_groups, -1))
@@ -57,6 +63,8 @@ def route(
     weights = score.gather(-1, ids)
     if normalize == "softmax":
         weights = weights.softmax(-1)
+    elif normalize == "sigmoid":
+        weights = weights.sigmoid()
     elif normalize == "sum":
         weights = weights / (weights.sum(-1, keepdim=True) + eps).clamp(min=min_sum)
     return (weights * scale).to(getattr(torch, dtype)), ids

@@ -46,6 +46,7 @@ for i in tl.static_range(TOP_K):
 # From the chosen scores to weights; places beyond top_k hold what changes neither sum nor maximum.
 _NORMALIZE = {
     "none": ("0.0", ""),
+    "sigmoid": ("0.0", "weights = tl.sigmoid(weights)\n"),
     "sum": ("0.0", "weights = weights / tl.maximum(tl.sum(weights, 0) + EPS, MIN_SUM)\n"),
     "softmax": ('float("-inf")', "weights = tl.exp(weights - tl.max(weights, 0))\nweights /= tl.sum(weights, 0)\n"),
 }

@@ -188,7 +188,8 @@ ROUTERS = {
     },
     "deepseek_v2": {"num_experts": 40, "top_k": 6, "num_groups": 5, "top_groups": 3, "scale": 16.0},
     "ernie4_5_moe": {"bias": True, "normalize": "sum", "min_sum": 1e-12},
-    "llama4": {"top_k": 1, "scores": "sigmoid"},
+    "llama4": {"top_k": 1, "scores": "none", "normalize": "sigmoid"},
+    "sigmoid without groups": {"scores": "sigmoid", "bias": True},
 }  # fmt: skip
 
 
