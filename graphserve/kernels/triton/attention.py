@@ -13,14 +13,8 @@ from msgspec.structs import replace
 
 from graphserve.kernels.arg_spec import ITEM_SIZES, ArgSpec, Call, Dim, Refused, product, require_unit_stride
 from graphserve.kernels.triton.attention_form import AttentionForm, AttentionTile, choose_tile, head_parts
-from graphserve.kernels.triton.attention_source import (
-    E4M3_HELPER,
-    LOG2E,
-    attention_body,
-    bits_are_converted,
-    is_quantized,
-    lacks_e4m3,
-)
+from graphserve.kernels.triton.attention_loop import E4M3_HELPER, bits_are_converted, lacks_e4m3
+from graphserve.kernels.triton.attention_source import LOG2E, attention_body, is_quantized
 from graphserve.kernels.triton.attention_split import partial_bytes, reduce_kernel
 from graphserve.kernels.triton.kernel import KernelText, TritonKernel, require_float
 

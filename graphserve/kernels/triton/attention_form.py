@@ -68,6 +68,26 @@ class AttentionForm:
         return 32 if ITEM_SIZES[self.cache_dtype] == 1 else 16
 
     @property
+    def is_scaled(self) -> bool:
+        """Keys and values are a scale times what the cache holds."""
+        return self.cache_dtype != self.dtype
+
+    @property
+    def has_first_key(self) -> bool:
+        """Keys before some position are out of sight."""
+        return bool(self.window or self.chunk)
+
+    @property
+    def has_last_key(self) -> bool:
+        """Keys behind some position, though before the sequence's end, are out of sight."""
+        return self.causal or self.has_first_key
+
+    @property
+    def has_full_tiles(self) -> bool:
+        """It pays to loop over the tiles that all rows see from end to end without a mask."""
+        return not (self.single_query or self.has_first_key)
+
+    @property
     def k_parts(self) -> tuple[Part, ...]:
         """Columns of queries and keys."""
         return head_parts(self.k_dim, self.least_width)
@@ -135,7 +155,9 @@ def choose_tile(form: AttentionForm, target: str) -> AttentionTile:
     else:
         block_m = 128 if value_columns <= 128 else 32 if is_wide else 64
         # Without warp-group instructions the tile's scores and both operands lie in registers too.
-        tile = 32 if target == "cuda:80" and value_columns > 64 else 64
+        tile = 64
+        if target == "cuda:80" and value_columns > 64:
+            tile = 16 if value_columns > 128 and len(form.v_parts) > 1 else 32
     if is_wide:
         tile = 16 if is_hip else 32
     has_warp_groups = target in ("cuda:90", "cuda:100") and block_m >= 64

@@ -9,19 +9,10 @@ from __future__ import annotations
 import textwrap
 
 from graphserve.kernels.triton.attention_form import AttentionForm, AttentionTile, Part
+from graphserve.kernels.triton.attention_loop import columns_of, element_mask, loops
 from graphserve.kernels.triton.kernel import TL_DTYPES
 
 LOG2E = 1.4426950408889634
-
-E4M3_HELPER = '''
-@triton.jit
-def e4m3_to_fp16(bits):
-    """The value of each e4m3 byte (0x7f and 0xff, its NaNs, come out as 480): the exponent bias of fp16 is 8 more."""
-    bits = bits.to(tl.uint8, bitcast=True)
-    sign = (bits & 0x80).to(tl.uint16) << 8
-    rest = (bits & 0x7F).to(tl.uint16) << 7
-    return (sign | rest).to(tl.float16, bitcast=True) * 256.0
-'''
 
 
 def attention_body(form: AttentionForm, tile: AttentionTile, target: str, table_length: str) -> str:
@@ -39,7 +30,7 @@ def attention_body(form: AttentionForm, tile: AttentionTile, target: str, table_
         _load_queries(form),
         _key_range(form),
         _accumulators(form),
-        *_loops(form, target),
+        *loops(form, target),
         _store_partial(form) if form.segments > 1 else _store(form),
     ]
     return "\n\n".join(section.strip("\n") for section in sections if section.strip())
@@ -112,13 +103,13 @@ def _rows(form: AttentionForm, tile: AttentionTile, table_length: str) -> str:
 
 
 def _load_queries(form: AttentionForm) -> str:
-    lines = [f"{_columns('k', i)} = {_arange(part)}" for i, part in enumerate(form.k_parts)]
+    lines = [f"{columns_of('k', i)} = {_arange(part)}" for i, part in enumerate(form.k_parts)]
     if not form.value_is_key_prefix:
-        lines += [f"{_columns('v', i)} = {_arange(part)}" for i, part in enumerate(form.v_parts)]
+        lines += [f"{columns_of('v', i)} = {_arange(part)}" for i, part in enumerate(form.v_parts)]
     lines.append("q_row = token * Q_TOKEN_STRIDE + head * Q_HEAD_STRIDE")
     for i, part in enumerate(form.k_parts):
-        mask = _mask("is_row[:, None]", part, _columns("k", i), "K_DIM")
-        lines.append(f"q_{i} = tl.load(q_ptr + q_row[:, None] + {_columns('k', i)}[None, :], mask={mask}, other=0.0)")
+        mask = element_mask("is_row[:, None]", part, columns_of("k", i), "K_DIM")
+        lines.append(f"q_{i} = tl.load(q_ptr + q_row[:, None] + {columns_of('k', i)}[None, :], mask={mask}, other=0.0)")
     return "\n".join(lines)
 
 
@@ -129,17 +120,19 @@ def _key_range(form: AttentionForm) -> str:
         "block_position = seq_len - query_len + block_start",
         "last_position = tl.minimum(block_position + BLOCK_Q, seq_len) - 1",
     ]
-    if _has_last_key(form):
+    if form.has_last_key:
         lines += [
             f"last_key = {_last_key(form, 'position')}",
             f"last_tile = ({_last_key(form, 'last_position')} + TILE) // TILE",
         ]
     else:
         lines.append("last_tile = (seq_len + TILE - 1) // TILE")
-    if _has_first_key(form):
+    if form.has_first_key:
         lines += [
             f"first_key = {_first_key(form, 'position')}",
-            f"first_tile = tl.maximum({_first_key(form, 'block_position')}, 0) // TILE",
+            "# Blocks of earlier keys may have been given away; what they hold now must not be read (0 * NaN is NaN).",
+            f"first_visible = tl.maximum({_first_key(form, 'block_position')}, 0)",
+            "first_tile = first_visible // TILE",
         ]
     else:
         lines.append("first_tile = 0")
@@ -150,19 +143,11 @@ def _key_range(form: AttentionForm) -> str:
             "first_tile += segment * segment_tiles",
             "last_tile = tl.minimum(last_tile, first_tile + segment_tiles)",
         ]
-    if _has_full_tiles(form):
+    if form.has_full_tiles:
         whole = "(block_position + 1) // TILE" if form.causal else "seq_len // TILE"
         lines.append("# Every row sees all keys of the tiles before full_tile: no mask.")
         lines.append(f"full_tile = tl.maximum(tl.minimum({whole}, last_tile), first_tile)")
     return "\n".join(lines)
-
-
-def _has_first_key(form: AttentionForm) -> bool:
-    return bool(form.window or form.chunk)
-
-
-def _has_last_key(form: AttentionForm) -> bool:
-    return form.causal or bool(form.window or form.chunk)
 
 
 def _first_key(form: AttentionForm, position: str) -> str:
@@ -185,20 +170,10 @@ def _fold(function: str, terms: list[str]) -> str:
     return folded
 
 
-def _visible(form: AttentionForm) -> str:
-    last = ["(key[None, :] <= last_key[:, None])" if _has_last_key(form) else "is_key[None, :]"]
-    first = ["(key[None, :] >= first_key[:, None])"] * _has_first_key(form)
-    return " & ".join(last + first)
-
-
-def _has_full_tiles(form: AttentionForm) -> bool:
-    return not (form.single_query or form.window or form.chunk)
-
-
 def _accumulators(form: AttentionForm) -> str:
     lines = ["# Scores are kept in units of log 2: exp(x) = exp2(x * LOG2E)."]
     scale = "SCALE" if form.softcap else "SCALE * LOG2E"
-    lines.append(f"score_scale = {scale} * tl.load(k_scale_ptr)" if _is_scaled(form) else f"score_scale = {scale}")
+    lines.append(f"score_scale = {scale} * tl.load(k_scale_ptr)" if form.is_scaled else f"score_scale = {scale}")
     if form.has_alibi:
         lines.append("slope = tl.load(alibi_ptr + head, mask=is_row, other=0.0) * LOG2E")
     if form.has_sinks:
@@ -220,118 +195,10 @@ def _accumulators(form: AttentionForm) -> str:
     return "\n".join(lines)
 
 
-def _loops(form: AttentionForm, target: str) -> list[str]:
-    if not _has_full_tiles(form):
-        return [_loop(form, target, "first_tile", True)]
-    return [_loop(form, target, "first_tile", False), _loop(form, target, "full_tile", True)]
-
-
-def _loop(form: AttentionForm, target: str, first: str, masked: bool) -> str:
-    end = "last_tile" if masked else "full_tile"
-    body = [*_addresses(form, masked), *_scores(form, target, masked), *_accumulate(form, target, masked)]
-    return f"for tile in range({first}, {end}):\n" + textwrap.indent("\n".join(body), "    ")
-
-
-def _addresses(form: AttentionForm, masked: bool) -> list[str]:
-    """Elements at which the tile's keys and values start."""
-    lines = ["key = tile * TILE + tl.arange(0, TILE)"]
-    if masked:
-        lines.append("is_key = key < seq_len")
-    if not form.block_size:
-        lines += ["key_token = (first_token + key).to(tl.int64)"]
-        return lines + [
-            f"{x}_row = key_token * {x.upper()}_TOKEN_STRIDE + kv_head * {x.upper()}_HEAD_STRIDE" for x in "kv"
-        ]
-    mask = ", mask=is_key, other=0" if masked else ""
-    lines += [
-        f"block_id = tl.load(block_table_ptr + table_row + key // BLOCK_SIZE{mask}).to(tl.int64)",
-        "slot = key % BLOCK_SIZE",
-    ]
-    for x in "k" if form.value_is_key_prefix else "kv":
-        name = x.upper()
-        lines.append(
-            f"{x}_row = block_id * {name}_BLOCK_STRIDE + kv_head * {name}_HEAD_STRIDE + slot * {name}_TOKEN_STRIDE"
-        )
-    return lines
-
-
-def _scores(form: AttentionForm, target: str, masked: bool) -> list[str]:
-    """Scores of the tile in log-2 units, or, without soft cap and ALiBi, still to be multiplied by score_scale."""
-    lines = [f"k_{i} = {_load(form, target, 'k', i, part, masked)}" for i, part in enumerate(form.k_parts)]
-    for i in range(len(form.k_parts)):
-        total = f", scores{_precision(form)}" if i else _precision(form)
-        lines.append(f"scores = tl.dot(q_{i}, tl.trans(k_{i}){total})")
-    if form.softcap:
-        lines += [
-            "# tanh(x) = 1 - 2 / (exp(2x) + 1)",
-            "capped = tl.exp2(scores * (score_scale * (2 * LOG2E / SOFTCAP)))",
-            "scores = (SOFTCAP * LOG2E) * (1 - 2 / (capped + 1))",
-        ]
-    elif form.has_alibi:
-        lines.append("scores = scores * score_scale")
-    if form.has_alibi:
-        lines.append("scores += slope[:, None] * (key[None, :] - position[:, None])")
-    if masked:
-        lines.append(f'scores = tl.where({_visible(form)}, scores, float("-inf"))')
-    return lines
-
-
-def _accumulate(form: AttentionForm, target: str, masked: bool) -> list[str]:
-    factor = "" if form.softcap or form.has_alibi else " * score_scale"
-    lines = [f"new_max = tl.maximum(row_max, tl.max(scores, 1){factor})"]
-    shift = "new_max"
-    if masked:
-        lines.append("# A row that has seen no key yet stays at -inf; exp2(-inf - 0) is 0 where -inf - -inf is NaN.")
-        lines.append('shift = tl.where(new_max == float("-inf"), 0.0, new_max)')
-        shift = "shift"
-    lines += [
-        f"weights = tl.exp2(scores{factor} - {shift}[:, None])",
-        f"correction = tl.exp2(row_max - {shift})",
-        "row_sum = row_sum * correction + tl.sum(weights, 1)",
-        "row_max = new_max",
-        f"weights = weights.to({TL_DTYPES[form.dtype]})",
-    ]
-    for i, part in enumerate(form.v_parts):
-        value = f"k_{i}"
-        if not form.value_is_key_prefix:
-            value = f"v_{i}"
-            lines.append(f"v_{i} = {_load(form, target, 'v', i, part, masked)}")
-        lines.append(f"acc_{i} = tl.dot(weights, {value}, acc_{i} * correction[:, None]{_precision(form)})")
-    return lines
-
-
-def _load(form: AttentionForm, target: str, x: str, index: int, part: Part, masked: bool) -> str:
-    """A tile ``[TILE, width]`` of keys or values in the queries' dtype."""
-    columns = _columns(x, index)
-    mask = _mask("is_key[:, None]" if masked else "", part, columns, f"{x.upper()}_DIM")
-    pointer = f"{_name(form, x)} + {x}_row[:, None] + {columns}[None, :]"
-    zero = "0" if bits_are_converted(form, target) else "0.0"
-    loaded = f"tl.load({pointer}, mask={mask}, other={zero})" if mask else f"tl.load({pointer})"
-    if form.cache_dtype == form.dtype:
-        return loaded
-    if bits_are_converted(form, target):
-        loaded = f"e4m3_to_fp16({loaded})"
-    return f"{loaded}.to({TL_DTYPES[form.dtype]})"
-
-
-def _name(form: AttentionForm, x: str) -> str:
-    return f"kv_{x}_ptr" if form.block_size else f"{x}_ptr"
-
-
-def lacks_e4m3(target: str) -> bool:
-    """The processor has no instructions for float8_e4m3fn (gfx942 has another e4m3)."""
-    return target in ("cuda:80", "hip:gfx942")
-
-
-def bits_are_converted(form: AttentionForm, target: str) -> bool:
-    """The kernel gets the cache as bytes and widens them in integers."""
-    return form.cache_dtype == "float8_e4m3fn" and lacks_e4m3(target)
-
-
 def _store(form: AttentionForm) -> str:
     lines = ["# A row without any key has the sum 0 and gets zeros."]
     lines.append("inverse = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)")
-    factors = ["tl.load(v_scale_ptr)"] * _is_scaled(form) + ["(1.0 / tl.load(out_scale_ptr))"] * is_quantized(
+    factors = ["tl.load(v_scale_ptr)"] * form.is_scaled + ["(1.0 / tl.load(out_scale_ptr))"] * is_quantized(
         form.out_dtype
     )
     if factors:
@@ -339,7 +206,7 @@ def _store(form: AttentionForm) -> str:
     lines.append("out_row = token * OUT_TOKEN_STRIDE + head * V_DIM")
     for i, part in enumerate(form.v_parts):
         columns = _value_columns(form, i)
-        mask = _mask("is_row[:, None]", part, columns, "V_DIM")
+        mask = element_mask("is_row[:, None]", part, columns, "V_DIM")
         lines.append(f"acc_{i} *= inverse[:, None]")
         value = rounded(f"acc_{i}", form.out_dtype)
         lines.append(f"tl.store(out_ptr + out_row[:, None] + {columns}[None, :], {value}, mask={mask})")
@@ -359,7 +226,7 @@ def _store_partial(form: AttentionForm) -> str:
     ]
     for i, part in enumerate(form.v_parts):
         columns = _value_columns(form, i)
-        mask = _mask("is_part[:, None]", part, columns, "V_DIM")
+        mask = element_mask("is_part[:, None]", part, columns, "V_DIM")
         address = f"partial_ptr + part_row[:, None] * V_DIM + {columns}[None, :]"
         lines.append(f"tl.store({address}, acc_{i} * inverse[:, None], mask={mask})")
     return "\n".join(lines)
@@ -380,27 +247,9 @@ def is_quantized(dtype: str) -> bool:
     return dtype in ("int8", "float8_e4m3fn")
 
 
-def _is_scaled(form: AttentionForm) -> bool:
-    return form.cache_dtype != form.dtype
-
-
-def _columns(x: str, index: int) -> str:
-    return f"{x}_columns_{index}"
-
-
 def _value_columns(form: AttentionForm, index: int) -> str:
-    return _columns("k" if form.value_is_key_prefix else "v", index)
+    return columns_of("k" if form.value_is_key_prefix else "v", index)
 
 
 def _arange(part: Part) -> str:
     return f"tl.arange(0, {part.width})" if not part.start else f"{part.start} + tl.arange(0, {part.width})"
-
-
-def _mask(rows: str, part: Part, columns: str, dim: str) -> str:
-    inside = f"({columns} < {dim})[None, :]" if part.is_padded else ""
-    return " & ".join(term for term in (rows, inside) if term)
-
-
-def _precision(form: AttentionForm) -> str:
-    """fp32 models get fp32 products; the default would round their operands to tf32."""
-    return ', input_precision="ieee"' if form.dtype == "float32" else ""

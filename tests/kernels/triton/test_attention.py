@@ -144,6 +144,21 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_any_batch(attrs: dict[str, i
         assert torch.equal(alone.run()[0], together[s : s + 1])
 
 
+@pytest.mark.parametrize("rule", [{"window": 20}, {"chunk": 48}, {"window": 20, "segments": 2, "max_query_len": 1}])
+def test_blocks_out_of_sight_are_never_read(rule: dict[str, int]) -> None:
+    query = 1 if "segments" in rule else 3
+    case = paged_case("given away", [(query, 150), (query, 61)], heads=2, kv_heads=1, **rule)
+    expected, table, seq_lens = case.expected()[0], case.args[3], case.args[5]
+    assert table is not None and seq_lens is not None
+    given_away = table.clone()
+    for s, context in enumerate(seq_lens.tolist()):
+        first = context - query - 20 + 1 if "window" in rule else (context - query) // 48 * 48
+        assert first >= 16
+        given_away[s, : first // 16] = 0  # the null block, which holds NaN here
+    args = [*case.args[:3], given_away, *case.args[4:]]
+    assert_close(replace(case, args=args).run()[0], expected)
+
+
 def test_a_step_of_padding_alone_gets_zeros() -> None:
     assert not paged_case("nothing", [(0, 0), (0, 0)], padding=5).run()[0].any()
     assert not paged_case("nothing", [(0, 0)], padding=5, max_query_len=1, segments=2).run()[0].any()

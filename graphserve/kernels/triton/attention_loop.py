@@ -1,0 +1,150 @@
+"""Text of the attention kernel's loop: one tile of keys and values scored, weighed and summed."""
+
+from __future__ import annotations
+
+import textwrap
+
+from graphserve.kernels.triton.attention_form import AttentionForm, Part
+from graphserve.kernels.triton.kernel import TL_DTYPES
+
+E4M3_HELPER = '''
+@triton.jit
+def e4m3_to_fp16(bits):
+    """The value of each e4m3 byte (0x7f and 0xff, its NaNs, come out as 480): the exponent bias of fp16 is 8 more."""
+    bits = bits.to(tl.uint8, bitcast=True)
+    sign = (bits & 0x80).to(tl.uint16) << 8
+    rest = (bits & 0x7F).to(tl.uint16) << 7
+    return (sign | rest).to(tl.float16, bitcast=True) * 256.0
+'''
+
+
+def lacks_e4m3(target: str) -> bool:
+    """The processor has no instructions for float8_e4m3fn (gfx942 has another e4m3)."""
+    return target in ("cuda:80", "hip:gfx942")
+
+
+def bits_are_converted(form: AttentionForm, target: str) -> bool:
+    """The kernel gets the cache as bytes and widens them in integers."""
+    return form.cache_dtype == "float8_e4m3fn" and lacks_e4m3(target)
+
+
+def loops(form: AttentionForm, target: str) -> list[str]:
+    """The loop over the tiles that need a mask, and before it the one over those that need none."""
+    if not form.has_full_tiles:
+        return [_loop(form, target, "first_tile", True)]
+    return [_loop(form, target, "first_tile", False), _loop(form, target, "full_tile", True)]
+
+
+def _loop(form: AttentionForm, target: str, first: str, masked: bool) -> str:
+    end = "last_tile" if masked else "full_tile"
+    body = [*_addresses(form, masked), *_scores(form, target, masked), *_accumulate(form, target, masked)]
+    return f"for tile in range({first}, {end}):\n" + textwrap.indent("\n".join(body), "    ")
+
+
+def _addresses(form: AttentionForm, masked: bool) -> list[str]:
+    """Elements at which the tile's keys and values start."""
+    lines = ["key = tile * TILE + tl.arange(0, TILE)"]
+    if masked:
+        is_key = "(key >= first_visible) & (key < seq_len)" if form.has_first_key else "key < seq_len"
+        lines.append(f"is_key = {is_key}")
+    if not form.block_size:
+        lines += ["key_token = (first_token + key).to(tl.int64)"]
+        return lines + [
+            f"{x}_row = key_token * {x.upper()}_TOKEN_STRIDE + kv_head * {x.upper()}_HEAD_STRIDE" for x in "kv"
+        ]
+    mask = ", mask=is_key, other=0" if masked else ""
+    lines += [
+        f"block_id = tl.load(block_table_ptr + table_row + key // BLOCK_SIZE{mask}).to(tl.int64)",
+        "slot = key % BLOCK_SIZE",
+    ]
+    for x in "k" if form.value_is_key_prefix else "kv":
+        name = x.upper()
+        lines.append(
+            f"{x}_row = block_id * {name}_BLOCK_STRIDE + kv_head * {name}_HEAD_STRIDE + slot * {name}_TOKEN_STRIDE"
+        )
+    return lines
+
+
+def _scores(form: AttentionForm, target: str, masked: bool) -> list[str]:
+    """Scores of the tile in log-2 units, or, without soft cap and ALiBi, still to be multiplied by score_scale."""
+    lines = [f"k_{i} = {_load(form, target, 'k', i, part, masked)}" for i, part in enumerate(form.k_parts)]
+    for i in range(len(form.k_parts)):
+        total = f", scores{_precision(form)}" if i else _precision(form)
+        lines.append(f"scores = tl.dot(q_{i}, tl.trans(k_{i}){total})")
+    if form.softcap:
+        lines += [
+            "# tanh(x) = 1 - 2 / (exp(2x) + 1)",
+            "capped = tl.exp2(scores * (score_scale * (2 * LOG2E / SOFTCAP)))",
+            "scores = (SOFTCAP * LOG2E) * (1 - 2 / (capped + 1))",
+        ]
+    elif form.has_alibi:
+        lines.append("scores = scores * score_scale")
+    if form.has_alibi:
+        lines.append("scores += slope[:, None] * (key[None, :] - position[:, None])")
+    if masked:
+        lines.append(f'scores = tl.where({_visible(form)}, scores, float("-inf"))')
+    return lines
+
+
+def _accumulate(form: AttentionForm, target: str, masked: bool) -> list[str]:
+    factor = "" if form.softcap or form.has_alibi else " * score_scale"
+    lines = [f"new_max = tl.maximum(row_max, tl.max(scores, 1){factor})"]
+    shift = "new_max"
+    if masked:
+        lines.append("# A row that has seen no key yet stays at -inf; exp2(-inf - 0) is 0 where -inf - -inf is NaN.")
+        lines.append('shift = tl.where(new_max == float("-inf"), 0.0, new_max)')
+        shift = "shift"
+    lines += [
+        f"weights = tl.exp2(scores{factor} - {shift}[:, None])",
+        f"correction = tl.exp2(row_max - {shift})",
+        "row_sum = row_sum * correction + tl.sum(weights, 1)",
+        "row_max = new_max",
+        f"weights = weights.to({TL_DTYPES[form.dtype]})",
+    ]
+    for i, part in enumerate(form.v_parts):
+        value = f"k_{i}"
+        if not form.value_is_key_prefix:
+            value = f"v_{i}"
+            lines.append(f"v_{i} = {_load(form, target, 'v', i, part, masked)}")
+        lines.append(f"acc_{i} = tl.dot(weights, {value}, acc_{i} * correction[:, None]{_precision(form)})")
+    return lines
+
+
+def _load(form: AttentionForm, target: str, x: str, index: int, part: Part, masked: bool) -> str:
+    """A tile ``[TILE, width]`` of keys or values in the queries' dtype."""
+    columns = columns_of(x, index)
+    mask = element_mask("is_key[:, None]" if masked else "", part, columns, f"{x.upper()}_DIM")
+    pointer = f"{_name(form, x)} + {x}_row[:, None] + {columns}[None, :]"
+    zero = "0" if bits_are_converted(form, target) else "0.0"
+    loaded = f"tl.load({pointer}, mask={mask}, other={zero})" if mask else f"tl.load({pointer})"
+    if form.cache_dtype == form.dtype:
+        return loaded
+    if bits_are_converted(form, target):
+        loaded = f"e4m3_to_fp16({loaded})"
+    return f"{loaded}.to({TL_DTYPES[form.dtype]})"
+
+
+def _name(form: AttentionForm, x: str) -> str:
+    return f"kv_{x}_ptr" if form.block_size else f"{x}_ptr"
+
+
+def _visible(form: AttentionForm) -> str:
+    last = ["(key[None, :] <= last_key[:, None])" if form.has_last_key else "is_key[None, :]"]
+    first = ["(key[None, :] >= first_key[:, None])"] * form.has_first_key
+    return " & ".join(last + first)
+
+
+def _precision(form: AttentionForm) -> str:
+    """fp32 models get fp32 products; the default would round their operands to tf32."""
+    return ', input_precision="ieee"' if form.dtype == "float32" else ""
+
+
+def columns_of(x: str, index: int) -> str:
+    """Name of the columns of part ``index`` of keys (and queries) or values."""
+    return f"{x}_columns_{index}"
+
+
+def element_mask(rows: str, part: Part, columns: str, dim: str) -> str:
+    """Mask of a tile's elements: the rows' condition and, for a padded part, the head's end; empty for neither."""
+    inside = f"({columns} < {dim})[None, :]" if part.is_padded else ""
+    return " & ".join(term for term in (rows, inside) if term)
