@@ -31,7 +31,9 @@ from graphserve.passes import (
     linear,
     merge_linears,
     no_ops,
+    norm_sandwich,
     position_tables,
+    quantize_producers,
     rms_norm,
     rope,
     route,
@@ -41,6 +43,7 @@ from graphserve.passes import (
 from graphserve.passes.base import Match, Pass, Tier
 from graphserve.passes.context import PassContext
 from graphserve.passes.match import is_write, module_path, same_shape
+from graphserve.passes.quantize_linears import SCHEMES, quantize_linears
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +76,24 @@ FUSE: tuple[Pass, ...] = (
     position_tables.PASS,
     weight_constants.PASS,  # after position_tables, which takes inv_freq along with the positions
     add_norm.PASS,  # after last_rows, which moves the gather to before the final norm
+    norm_sandwich.PASS,  # after add_norm: it takes in the norm before the add
     attention.PASS,  # after position_tables: the fused write reads the tables themselves
     no_ops.PASS,
     common_subexpressions.PASS,
 )
 
 PIPELINE = LIFT + FUSE
+
+
+def fuse_passes(quantization: str | None) -> tuple[Pass, ...]:
+    """:data:`FUSE` with the passes of a quantization scheme, if one is given (a key of ``SCHEMES``)."""
+    if quantization is None:
+        return FUSE
+    passes = list(FUSE)
+    # After merge_linears, so that siblings share one quantized input; before weight_constants, which quantizes at load.
+    passes.insert(passes.index(merge_linears.PASS) + 1, quantize_linears(SCHEMES[quantization]))
+    passes.insert(passes.index(attention.PASS), quantize_producers.PASS)  # after add_norm, which it takes in
+    return tuple(passes)
 
 
 class Site(msgspec.Struct, frozen=True):

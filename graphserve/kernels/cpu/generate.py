@@ -15,6 +15,8 @@ GENERATORS: dict[str, EntryGenerator] = {
     "add_rms_norm": norm.norm,
     "layer_norm": norm.norm,
     "add_layer_norm": norm.norm,
+    "norm_add": norm.norm_add,
+    "norm_add_rms_norm": norm.norm_add,
     "linear": linear.linear,
     "act_mul": activation.act_mul,
     "activation": activation.activation,
