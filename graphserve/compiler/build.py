@@ -28,7 +28,7 @@ from graphserve.compiler.layers import (
     why_not_repeatable,
 )
 from graphserve.compiler.lowering import Lowering, dtype_name
-from graphserve.compiler.pipeline import FUSE, LIFT, PassReport, Refusal, Site, run_pipeline
+from graphserve.compiler.pipeline import LIFT, PassReport, Refusal, Site, fuse_passes, run_pipeline
 from graphserve.compiler.refusals import refuse_before_trace
 from graphserve.compiler.rowwise import check_rowwise
 from graphserve.errors import UnsupportedModelError
@@ -71,6 +71,7 @@ def build_plan(
     buffers: dict[str, torch.Tensor],
     *,
     full_depth: bool = False,
+    quantization: str | None = None,
     progress: Callable[[str], None] | None = None,
     dump_dir: Path | None = None,
     after_pass: Callable[[Pass, PassContext], None] | None = None,
@@ -82,6 +83,7 @@ def build_plan(
         max_model_len: longest context a request may reach; position tables have this many rows.
         buffers: values of the model's non-persistent buffers (inv_freq and the like), CPU.
         full_depth: trace every layer, even if layers repeat.
+        quantization: scheme of the linear layers, a key of ``passes.quantize_linears.SCHEMES``, None for none.
         progress: called with the name of each phase as it starts.
         dump_dir: the graph before and after each pass is written to ``lift/`` and ``fuse/`` there.
         after_pass: called after each pass with the graph as it left it.
@@ -109,7 +111,7 @@ def build_plan(
             lifted, ctx = ctx, PassContext(gm, max_model_len)
             ctx.weight_recipes |= _repeat_recipes(lifted.weight_recipes, stack)
     with phase("fuse"):
-        fuse = FUSE + tuple(plugins.load(plugins.PASSES, Pass))
+        fuse = fuse_passes(quantization) + tuple(plugins.load(plugins.PASSES, Pass))
         reports += run_pipeline(gm, ctx, fuse, dump_dir and dump_dir / "fuse", after_pass)
     with phase("lower"):
         plan = _lower(gm, ctx, model, max_model_len, constants | buffers)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from graphserve.errors import CheckpointError
+from graphserve.plan.arena import launch_inputs
 from graphserve.plan.runner import run_once, torch_dtype
 from graphserve.plan.schema import Plan, WeightPart, WeightSpec
 
@@ -45,6 +46,9 @@ def materialize_weights(
     if missing:
         raise CheckpointError(f"parameters that never came: {', '.join(sorted(missing)[:10])} ({len(missing)} in all)")
     _run_init(plan, weights, device)
+    # What init launches alone read (a matrix that was quantized, say) is freed.
+    for name in {n for x in plan.init for n in launch_inputs(x)} - {n for x in plan.launches for n in launch_inputs(x)}:
+        weights.pop(name, None)
     return weights
 
 
