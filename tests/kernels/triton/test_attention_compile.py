@@ -105,6 +105,18 @@ def test_every_head_size_compiles_without_spills(dims: tuple[int, int], target: 
             assert compiled.num_spills == 0 and compiled.shared_bytes <= SHARED_BYTES[target], (dims, step, target)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("target", [DEFAULT_TARGET, *FULL_TARGETS])
+def test_an_encoders_kernel_stays_within_budget(target: str) -> None:
+    merged = ArgSpec("bfloat16", ("T", 12, 64), (3 * 12 * 64, 64, 1))
+    attrs = {"scale": 0.125, "window": 0, "chunk": 0, "softcap": 0.0, "causal": False}
+    args = [merged, merged, merged, ArgSpec("int32", ("S+1",)), None, None]
+    kernel = generate("gs.packed_attention", attrs, args, [ArgSpec("bfloat16", ("T", 768))], target)
+    assert isinstance(kernel, TritonKernel), kernel
+    assert compile_for(kernel, target).num_mma > 0
+    check_budget("bert-base", kernel, target, "budgets_attention")
+
+
 def test_a_latent_cache_is_read_once_for_keys_and_values() -> None:
     latent = attention_kernels(MODELS["latent attention"], STEPS["decode"], DEFAULT_TARGET)[0]
     assert (
