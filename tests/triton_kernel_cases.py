@@ -1,6 +1,7 @@
 """Runs generated Triton kernels beside their reference ops, and holds compiled ones to the golden files.
 
-``GRAPHSERVE_UPDATE_GOLDEN=1 pytest tests/kernels/triton`` rewrites the golden files instead of comparing.
+``GRAPHSERVE_UPDATE_GOLDEN=1 pytest tests/kernels/triton`` rewrites the golden sources instead of comparing, and widens
+the budgets to what it measures: so one file holds for several Triton versions. Delete a budget file to start it anew.
 """
 
 from __future__ import annotations
@@ -148,12 +149,15 @@ def check_budget(name: str, kernel: TritonKernel, target: str, file: str = "budg
     path = GOLDEN / f"{file}.json"
     budgets: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text()) if path.exists() else {}
     if UPDATE:
-        budgets.setdefault(name, {})[target] = {
+        old = budgets.setdefault(name, {}).get(target)
+        new = {
             "registers": -(-compiled.num_registers // 16) * 16,
             "shared_bytes": -(-compiled.shared_bytes // 1024) * 1024,
             "vector_loads_128": compiled.num_vector_loads_128,
             "mma": min(1, compiled.num_mma),
         }
+        limits = {"registers": max, "shared_bytes": max, "vector_loads_128": min, "mma": min}
+        budgets[name][target] = {k: limit(new[k], old[k]) for k, limit in limits.items()} if old else new
         path.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
     budget = budgets[name][target]
     measured = (
