@@ -20,6 +20,12 @@ def _norm_cases(dtype: torch.dtype) -> list[Case]:
         one_input = {(0, 0): "T", ("out", 0): "T"}
         cases.append(Case(f"rms {name}", "rms_norm", attrs, [x, weight], one_input, {"T": rows}))
         cases.append(Case(f"add {name}", "add_rms_norm", attrs, [x, residual, weight], rows_by_symbol, {"T": rows}))
+        post = (torch.rand(dim) + 0.5).to(dtype)
+        after = {(0, 0): "T", (2, 0): "T", ("out", 0): "T"}
+        cases.append(Case(f"post {name}", "norm_add", attrs, [x, post, residual], after, {"T": rows}))
+        both = {**attrs, "post_eps": 1e-3}
+        sandwich = [x, post, residual, weight]
+        cases.append(Case(f"sandwich {name}", "norm_add_rms_norm", both, sandwich, after, {"T": rows}))
     bias = torch.randn(33).to(dtype)
     x, residual = torch.randn(5, 33).to(dtype) + 3, torch.randn(5, 33).to(dtype)
     weight = torch.rand(33).to(dtype)
@@ -41,5 +47,5 @@ def _norm_cases(dtype: torch.dtype) -> list[Case]:
 def test_norm_kernels_equal_their_references_at_every_isa_level(check_cases) -> None:
     check_cases(
         [case for dtype in DTYPES for case in _norm_cases(dtype)],
-        core=("add torch.float32-7", "add torch.bfloat16-7", "addlayer"),
+        core=("add torch.float32-7", "add torch.bfloat16-7", "addlayer", "sandwich torch.float32-7"),
     )

@@ -49,6 +49,14 @@ def test_the_weight_is_quantized_at_load() -> None:
     assert left == ["gs.quantize_rows", "gs.linear_w8a8", "aten.relu"]
 
 
+def test_linears_of_one_input_share_its_quantized_rows() -> None:
+    def function(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return doubled(x, w) + doubled(x, v)
+
+    left = rewrites(INT8, function, X, W | {"v": W["w"].flip(0)}, before=(LINEAR,), matches=2, tolerance=0.05)
+    assert left.count("gs.quantize_rows") == 1 and left.count("gs.linear_w8a8") == 2
+
+
 def test_the_head_stays() -> None:
     refuses(INT8, lambda x, w: F.linear(x, w).float(), X, W, before=(LINEAR,), reason="logits")
 

@@ -22,8 +22,8 @@ EXPECTED: dict[str, dict[str, int]] = {
     "llama:yarn": LLAMA,
     "llama:llama3": LLAMA,
     "qwen3": LLAMA | {"rms_norm": 17},
-    "gemma2": LLAMA | {"rms_norm": 17},
-    "gemma3_text": LLAMA | {"rms_norm": 25, "position_tables": 4},  # local and global rotation
+    "gemma2": LLAMA | {"rms_norm": 17, "norm_sandwich": 8},
+    "gemma3_text": LLAMA | {"rms_norm": 25, "position_tables": 4, "norm_sandwich": 8},  # local and global rotation
     "granite": LLAMA,
     "phi3": LINEAR | {"rms_norm": 9, "linear": 17, "activation": 4, "glu": 4, "add_norm": 8},
     "gpt2": {"layer_norm": 9, "linear": 17, "embedding": 2, "activation": 4, "row_reshape": 12, "last_rows": 1,
@@ -33,17 +33,18 @@ EXPECTED: dict[str, dict[str, int]] = {
     # each rotation matches twice: the rotated part, then the partial rotary around it
     "gpt_neox": LINEAR | {"layer_norm": 9, "linear": 17, "activation": 4, "rope": 16, "add_norm": 4},
     "phi": LINEAR | {"layer_norm": 5, "linear": 25, "activation": 4, "rope": 16, "merge_linears": 4, "add_norm": 4},
-    "glm4": LLAMA | {"rms_norm": 17, "linear": 25, "rope": 16, "merge_linears": 4},
-    "olmo2": LLAMA | {"rms_norm": 17, "add_norm": 1},  # norms come before the adds, but for the last one
+    "glm4": LLAMA | {"rms_norm": 17, "linear": 25, "rope": 16, "merge_linears": 4, "norm_sandwich": 8},
+    "olmo2": LLAMA | {"rms_norm": 17, "add_norm": 1, "norm_sandwich": 8},  # norms come before the adds, but for the last one
     # in the last layer the MLP's linears run on fewer rows than q, k and v: two products there, one in the others
     "cohere": LINEAR | {"layer_norm": 5, "linear": 29, "activation": 4, "glu": 4, "merge_linears": 5, "add_norm": 4},
     "nemotron": LINEAR | {"layer_norm": 9, "linear": 25, "activation": 8, "rope": 16, "merge_linears": 4,
                           "weight_constants": 9, "add_norm": 8},
-    "gpt_oss": LINEAR | {"rms_norm": 9, "linear": 21, "row_reshape": 4, "merge_linears": 4, "add_norm": 8},
+    "gpt_oss": LINEAR | {"rms_norm": 9, "linear": 21, "row_reshape": 4, "merge_linears": 4, "add_norm": 8,
+                          "route": 4},
     "mixtral": LINEAR | {"functionalize": 4, "rms_norm": 9, "linear": 21, "row_reshape": 4, "merge_linears": 4,
-                         "add_norm": 8},
+                         "add_norm": 8, "route": 4},
     "deepseek_v3": LINEAR | {"functionalize": 10, "rms_norm": 17, "linear": 36, "activation": 4, "glu": 4,
-                             "row_reshape": 3, "merge_linears": 8, "add_norm": 8},
+                             "row_reshape": 3, "merge_linears": 8, "add_norm": 8, "route": 3},
 }  # fmt: skip
 # The router works in fp32: in bf16 its input and its weight are cast.
 BF16_ONLY = {"deepseek_v3": {"row_reshape": 6, "weight_constants": 3}, "mixtral": {"row_reshape": 8}}
