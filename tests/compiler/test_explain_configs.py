@@ -30,8 +30,9 @@ CONFIGS = {
 # Matches of each pass in one layer. What only rewrites spellings is left out; a pass not named must not match.
 DENSE = {"rms_norm": 2, "linear": 7, "activation": 1, "glu": 1, "rope": 2, "merge_linears": 2, "attention": 1}
 MOE = {"functionalize": 1, "rms_norm": 2, "linear": 5, "rope": 2, "row_reshape": 2, "merge_linears": 1, "attention": 1}
+MOE |= {"route": 1}
 LATENT = DENSE | {"functionalize": 1, "rms_norm": 4, "linear": 8}  # q and kv have a down and an up projection
-LATENT_MOE = LATENT | {"functionalize": 3, "linear": 9, "row_reshape": 2, "weight_constants": 1}
+LATENT_MOE = LATENT | {"functionalize": 3, "linear": 9, "row_reshape": 2, "route": 1, "weight_constants": 1}
 EXPECTED: dict[str, dict[int, dict[str, int]]] = {  # by layer type, in order of first appearance
     "Llama-3.1-8B": {0: DENSE},
     "Qwen3-8B": {0: DENSE | {"rms_norm": 4}},
@@ -41,7 +42,7 @@ EXPECTED: dict[str, dict[int, dict[str, int]]] = {  # by layer type, in order of
 }
 SPELLINGS = {"canonical_forms", "no_ops", "common_subexpressions"}
 # These join what two layers or the model's end make, so the first and last layer differ from the rest.
-ACROSS_LAYERS = {"add_norm", "position_tables", "last_rows"}
+ACROSS_LAYERS = {"add_norm", "norm_sandwich", "position_tables", "last_rows"}
 
 LLAMA_LAYER = [
     "gs.add_rms_norm",
@@ -113,13 +114,23 @@ def test_one_embedding_one_head_and_one_table_pair_for_each_rotation(name: str) 
 def test_a_dense_layer_takes_nine_launches(name: str) -> None:
     built = build(name)
     assert built.stack is not None
-    last = built.stack.depth - 1
     assert layer_ops(built, 0) == ["gs.rms_norm", *LLAMA_LAYER[1:]]
-    for layer in range(1, last - 1):
+    for layer in range(1, built.stack.depth):
         assert layer_ops(built, layer) == LLAMA_LAYER
-    # After the last attention only the rows whose logits are wanted go on: its output and the residual are cut.
-    assert layer_ops(built, last - 1) == [*LLAMA_LAYER, "aten.index_select"]
-    assert layer_ops(built, last) == [*LLAMA_LAYER[:4], "aten.index_select", *LLAMA_LAYER[4:], "gs.add_rms_norm"]
+    # Embedding, the rows whose logits are wanted (of the last attention and of the residual), final norm, head.
+    outside = [x.op.removesuffix(".default") for x in built.plan.launches if x.layer is None and x.kind != "view"]
+    rows = ["aten.index_select"] * 2
+    assert outside == ["gs.embedding", *rows, "gs.add_rms_norm", "gs.linear"]
+
+
+def test_a_layer_with_norms_before_and_after_its_blocks_takes_nine_launches_too() -> None:
+    built = build("Gemma-3-4B")
+    sandwich = ["gs.norm_add_rms_norm" if op == "gs.add_rms_norm" else op for op in LLAMA_LAYER]
+    assert layer_ops(built, 0) == ["gs.rms_norm", *sandwich[1:]]
+    for layer in range(1, 34):
+        assert layer_ops(built, layer) == sandwich
+    (report,) = [report for report in built.reports if report.name == "norm_sandwich"]
+    assert report.matches == 2 * 34  # the first norm follows no block, the final norm does
 
 
 def test_attention_keeps_what_each_model_says() -> None:
@@ -140,8 +151,8 @@ def test_attention_keeps_what_each_model_says() -> None:
     assert (spec.kv_heads, spec.k_dim, spec.v_dim) == (128, 192, 128)
 
 
-def test_mixtral_runs_its_experts_as_one_launch_a_layer() -> None:
+def test_mixtral_runs_router_and_experts_as_one_launch_each() -> None:
     built = build("Mixtral-8x7B")
-    experts = [launch.layer for launch in built.plan.launches if launch.op == "gs.moe.default"]
-    assert experts == list(range(32))
-    assert layer_ops(built, 5)[:7] == LLAMA_LAYER[:7]  # the router's product comes seventh
+    for layer in range(1, 32):
+        # The router's product, its logits widened to fp32, the choice of experts, the experts.
+        assert layer_ops(built, layer) == [*LLAMA_LAYER[:6], "gs.linear", "aten.to.dtype", "gs.route", "gs.moe"]
