@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "float", "bfloat16", "float16", "half"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+Quantization = Literal["fp8_per_channel", "int8_w8a8"]
 
 DEFAULT_MAX_NUM_SEQS = 64
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
@@ -34,6 +35,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         load_format: ``dummy`` makes random weights from the config alone.
         dtype: ``auto`` takes the checkpoint's.
         device: ``auto`` takes a GPU if there is one.
+        quantization: linear layers run on 8-bit weights and activations, made from 16-bit weights at load: fp8 with one
+            scale an output channel and one a token, or int8 with the same scales. The head, routers and experts keep
+            their weights. None leaves all as they are.
         max_model_len: longest prompt plus output in tokens, None for the model's own limit.
         max_num_seqs: most requests in one step.
         max_num_batched_tokens: most tokens in one step, None for 2048 (or more, if ``max_num_seqs`` or a prompt that
@@ -63,6 +67,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     load_format: LoadFormat = "auto"
     dtype: Dtype = "auto"
     device: Device = "auto"
+    quantization: Quantization | None = None
     max_model_len: int | None = None
     max_num_seqs: int = DEFAULT_MAX_NUM_SEQS
     max_num_batched_tokens: int | None = None
@@ -89,6 +94,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _require_choice("load_format", self.load_format, get_args(LoadFormat))
         _require_choice("dtype", self.dtype, get_args(Dtype))
         _require_choice("device", self.device, get_args(Device))
+        if self.quantization is not None:
+            _require_choice("quantization", self.quantization, get_args(Quantization))
         _require_at_least("max_num_seqs", self.max_num_seqs, 1)
         _require_at_least("block_size", self.block_size, 1)
         for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"):

@@ -27,7 +27,8 @@ def quantize_rows(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     limit = QUANTIZED_MAX[dtype]
     wide = x.float()
     absmax = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ABSMAX)
-    scaled = (wide * (limit / absmax)).clamp(-limit, limit)
+    # A number divided by a tensor would be its reciprocal times the number, rounded twice: kernels divide once.
+    scaled = (wide * (torch.full_like(absmax, limit) / absmax)).clamp(-limit, limit)
     quantized = scaled.round().to(torch.int8) if dtype == "int8" else scaled.to(torch.float8_e4m3fn)
     return quantized.contiguous(), absmax / limit
 

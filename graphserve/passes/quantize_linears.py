@@ -43,8 +43,13 @@ def quantize_linears(quantized: str) -> Pass:
     def replacement(match: Match, ctx: PassContext) -> dict[fx.Node, fx.Node]:
         gs, linear = torch.ops.gs, match.root
         x, weight, bias = linear.args
-        rows = ctx.emit(gs.quantize_rows.default, x, quantized)
-        values, scale = (ctx.emit(operator.getitem, rows, i) for i in (0, 1))
+        # Linears that read one input and were not merged share its quantized rows.
+        rows = next((user for user in x.users if is_gs(user, "quantize_rows")), None)
+        if rows is None:
+            rows = ctx.emit(gs.quantize_rows.default, x, quantized)
+            values, scale = (ctx.emit(operator.getitem, rows, i) for i in (0, 1))
+        else:
+            values, scale = sorted(rows.users, key=lambda item: item.args[1])
         packed = ctx.emit(gs.quantize_weight.default, weight, quantized)
         channels = ctx.emit(gs.weight_scale.default, weight, quantized)
         name = str(dtype(linear)).removeprefix("torch.")

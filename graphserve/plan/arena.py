@@ -24,6 +24,7 @@ ITEM_SIZE = {
     "int64": 8,
     "int32": 4,
     "int8": 1,
+    "float8_e4m3fn": 1,
     "uint8": 1,
     "bool": 1,
 }

@@ -107,6 +107,7 @@ def key_factors(config: EngineConfig, folder: Path) -> dict[str, Any]:
         "checkpoint layout": hashlib.sha256(json.dumps(layout).encode()).hexdigest(),
         "dtype": config.dtype,
         "max_model_len": config.max_model_len,
+        "quantization": config.quantization,
         "graphserve sources": source_hash(),
         "torch": metadata.version("torch").split("+")[0],
         "transformers": metadata.version("transformers"),
@@ -140,7 +141,7 @@ def _compile_checkpoint(config: EngineConfig, folder: Path) -> tuple[StoredPlan,
         meta, max_model_len = build_meta(config, folder, stored_dtype(folder))
         program = check_checkpoint(meta, folder)
         stored_names = set(Checkpoint.open(folder).tensors)
-    built = compile_model(meta, max_model_len)
+    built = compile_model(meta, max_model_len, quantization=config.quantization)
     # A tied pair that is stored twice was compared by value, which says nothing of another checkpoint.
     is_reusable = not stored_names.intersection(program.aliases)
     return StoredPlan(built.plan, program, built.constants), is_reusable
@@ -152,7 +153,8 @@ def _dummy_model(config: EngineConfig, folder: Path) -> tuple[BuildResult, Itera
 
     register_interfaces()
     meta, max_model_len = build_meta(config, folder, None)
-    return compile_model(meta, max_model_len), dummy_parameters(meta, config.seed)
+    built = compile_model(meta, max_model_len, quantization=config.quantization)
+    return built, dummy_parameters(meta, config.seed)
 
 
 def build_meta(config: EngineConfig, folder: Path, stored: torch.dtype | None) -> tuple[Any, int]:
@@ -172,13 +174,16 @@ def build_meta(config: EngineConfig, folder: Path, stored: torch.dtype | None) -
     return meta, max_model_len
 
 
-def compile_model(meta: Any, max_model_len: int, dump_dir: Path | None = None) -> BuildResult:
+def compile_model(
+    meta: Any, max_model_len: int, dump_dir: Path | None = None, quantization: str | None = None
+) -> BuildResult:
     """Compile a meta model, its stages shown in the phase's note. ``dump_dir`` takes the graph around each pass."""
     from graphserve.compiler.build import build_plan
     from graphserve.models.meta_model import non_persistent_buffers
 
     with phase("compile") as work:
-        built = build_plan(meta, max_model_len, non_persistent_buffers(meta), dump_dir=dump_dir)
+        buffers = non_persistent_buffers(meta)
+        built = build_plan(meta, max_model_len, buffers, quantization=quantization, dump_dir=dump_dir)
         work.note = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in built.seconds.items())
     for note in built.notes:
         logger.info("%s", note)

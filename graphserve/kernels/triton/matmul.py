@@ -186,7 +186,8 @@ def choose_tile(rows: int, n: int, k: int, item: int, target: str, weight_tiles:
     """
     is_hip = target.startswith("hip")
     if rows <= DECODE_ROWS:
-        tile = Tile(16, 16 if n < 32 * PROCESSORS[target] else 32, 256, 4, 4)
+        # Deeper blocks spill on Ampere, where the loop's few rounds are unrolled.
+        tile = Tile(16, 16 if n < 32 * PROCESSORS[target] else 32, 128 if target == "cuda:80" else 256, 4, 4)
     elif rows <= 32:
         tile = Tile(32, 32 if n < 64 * PROCESSORS[target] else 64, 128, 4, 4)
     elif rows <= 64:
@@ -195,7 +196,8 @@ def choose_tile(rows: int, n: int, k: int, item: int, target: str, weight_tiles:
         tile = Tile(64, 128, 64, 4, 4)
     else:
         tile = Tile(128, 128, 64, 8, 4)
-    block_n = min(tile.n, max(16, next_power_of_2(n)))
+    # Two weight tiles make one accumulator twice as wide: registers allow 64 x 128.
+    block_n = min(tile.n // (weight_tiles if tile.n > 64 else 1), max(16, next_power_of_2(n)))
     block_k = choose_block_k(k, tile.k * 2 // item, item)
     stages = 2 if is_hip else tile.num_stages
     # AMD's pipeline keeps one of the stages in registers.
