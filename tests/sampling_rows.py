@@ -28,9 +28,9 @@ def random_limits(generator: torch.Generator, rows: int, vocab: int) -> tuple[Te
     def pick(values: list[float]) -> Tensor:
         return torch.tensor(values)[torch.randint(0, len(values), (rows,), generator=generator)]
 
-    top_k = pick([0, 0, 1, 2, 5, 40, vocab - 1, vocab, vocab + 9]).clamp(min=0).long()
-    top_p = pick([1.0, 1.0, 1e-6, 0.1, 0.5, 0.9, 0.999, 1 - 2**-24])
-    return top_k, top_p, pick([0.0, 0.0, 1e-30, 0.001, 0.05, 0.3, 1.0]).log()
+    top_k = pick([0, 0, 0, 1, 2, 5, 40, vocab - 1, vocab, vocab + 9]).clamp(min=0).long()
+    top_p = pick([1.0, 1.0, 1.0, 1.0, 1e-6, 0.1, 0.5, 0.9, 0.999, 1 - 2**-24])
+    return top_k, top_p, pick([0.0, 0.0, 0.0, 0.0, 1e-30, 0.001, 0.05, 0.3, 1.0]).log()
 
 
 def keys_of(rows: int, position: int = 0) -> Tensor:

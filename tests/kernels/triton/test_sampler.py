@@ -113,6 +113,19 @@ def test_the_search_keeps_what_the_sort_keeps(small_blocks, seed, vocab):
     assert torch.equal(distance <= cut[:, None], distance <= expected[:, None])
 
 
+def test_each_limit_alone_and_with_the_others(small_blocks):
+    limits = [(9, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1), (9, 0.8, 0.0), (0, 0.8, 0.1), (9, 1.0, 0.7), (40, 0.8, 0.02)]
+    top_k, top_p, min_p = (torch.tensor(column) for column in zip(*limits, strict=True))
+    scores = torch.randn(1, 300, generator=torch.Generator().manual_seed(3)).expand(len(limits), 300).contiguous()
+    group_max = sampling.process_logits(scores, *[None] * 17)[1]
+    launch = case("sampling_cut", [scores, group_max, top_k, top_p, min_p.log()])
+    cut, expected = launch.run()[1], launch.expected()[1]
+    distance = sampling.distances(scores)[1]
+    kept = (distance <= cut[:, None]).sum(-1).tolist()
+    assert kept == (distance <= expected[:, None]).sum(-1).tolist()
+    assert kept[0] == 9 and len(set(kept)) == len(kept), "each combination keeps another number of tokens"
+
+
 @pytest.mark.full
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), vocab=st.integers(1, 2500))
