@@ -1,0 +1,150 @@
+"""Decode steps of an 8B Llama shape with random weights through ``ModelRunner``, launched eagerly.
+
+Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.plan_build import llama_config
+from graphserve.compiler.build import build_plan
+from graphserve.compiler.capture import register_interfaces
+from graphserve.models.meta_model import build_meta_model, non_persistent_buffers
+from graphserve.models.rope import bake_rope
+from graphserve.runtime.model_runner import ModelRunner
+from graphserve.runtime.step_input import SamplingInput, StepInput
+from graphserve.runtime.triton_backend import target_of
+from graphserve.runtime.triton_plan import lower_to_triton
+
+LAYERS, BLOCK_SIZE, MAX_MODEL_LEN = 32, 16, 4352
+STEPS = [(batch, context) for batch in (1, 16, 64, 256) for context in (1024, 4096)]
+KV_SHARE = 0.85  # of the memory that is free once the weights are loaded
+
+
+def weights_on_device(shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Norm weights of 1, matrices of standard deviation 0.02, made where they are used."""
+    for name, shape in shapes.items():
+        weight = torch.ones(shape, dtype=torch.bfloat16, device="cuda")
+        yield name, weight if len(shape) == 1 else weight.normal_(0, 0.02)
+
+
+def decode_step(batch: int, context: int, num_blocks: int) -> tuple[StepInput, float]:
+    """One step of ``batch`` sequences at the end of ``context`` tokens, and the share of their blocks that is distinct.
+
+    Where the pool is smaller than all contexts together, later sequences read earlier ones' blocks again. A batch of
+    one carries a padding token, since plans hold for two tokens and more.
+    """
+    per_seq = -(-context // BLOCK_SIZE)
+    wanted = np.arange(batch * per_seq, dtype=np.int64).reshape(batch, per_seq)
+    table = (wanted % (num_blocks - 1) + 1).astype(np.int32)
+    # The new token of each sequence has a block of its own, so that no two write to one place.
+    table[:, -1] = np.arange(1, batch + 1)
+    tokens = max(2, batch)
+    slots = np.zeros(tokens, dtype=np.int64)
+    slots[:batch] = table[:, -1].astype(np.int64) * BLOCK_SIZE + (context - 1) % BLOCK_SIZE
+    positions = np.zeros(tokens, dtype=np.int64)
+    positions[:batch] = context - 1
+    step = StepInput(
+        input_ids=np.random.default_rng(0).integers(10, 100_000, tokens),
+        positions=positions,
+        query_start_loc=np.arange(batch + 1, dtype=np.int32),
+        seq_lens=np.full(batch, context, dtype=np.int32),
+        block_tables=[table],
+        slot_mappings=[slots],
+        logits_indices=np.arange(batch, dtype=np.int64),
+        sampling=SamplingInput(num_rows=0),
+        num_tokens=batch,
+        num_sequences=batch,
+        num_logits_rows=batch,
+    )
+    return step, min(1.0, (num_blocks - 1) / (batch * per_seq))
+
+
+def measure_decode(seconds_left: Callable[[], float], reserve_s: float = 15) -> dict[str, Any]:
+    """Milliseconds a step, by batch and context; also what building and loading took."""
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    register_interfaces()
+    model = build_meta_model(llama_config(LAYERS), torch.bfloat16)
+    bake_rope(model, MAX_MODEL_LEN)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    built = build_plan(model, MAX_MODEL_LEN, non_persistent_buffers(model))
+    seconds["build plan"] = time.perf_counter() - start
+    start = time.perf_counter()
+    runner = ModelRunner(built.plan, weights_on_device(shapes), built.constants, device="cuda")
+    torch.cuda.synchronize()
+    seconds["make weights"] = time.perf_counter() - start
+    spec = built.plan.cache_layers[0]
+    bytes_per_block = 2 * BLOCK_SIZE * spec.kv_heads * (spec.k_dim + spec.v_dim) * LAYERS
+    free = torch.cuda.mem_get_info()[0]
+    most = max(batch * context for batch, context in STEPS) // BLOCK_SIZE + 1
+    num_blocks = min(most, int(free * KV_SHARE) // bytes_per_block)
+    start = time.perf_counter()
+    runner.allocate_kv_cache(num_blocks, BLOCK_SIZE)
+    assert runner.kv_cache is not None
+    for keys, values in runner.kv_cache.layers:
+        keys.normal_()
+        values.normal_()
+    runner.reserve(max(b for b, _ in STEPS), max(b for b, _ in STEPS), max(b for b, _ in STEPS))
+    seconds["compile kernels and fill the cache"] = time.perf_counter() - start
+    result: dict[str, Any] = {
+        "model": f"Llama-3.1-8B shape, {LAYERS} layers, bf16, random weights",
+        "weight_bytes": runner.weight_bytes,
+        "kv_blocks": num_blocks,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "steps": [],
+    }
+    for batch, context in STEPS:
+        row: dict[str, Any] = {"batch": batch, "context": context}
+        result["steps"].append(row)
+        if seconds_left() < reserve_s:
+            row["skipped"] = "no time left"
+            continue
+        try:
+            row |= _time_step(runner, batch, context, num_blocks, bytes_per_block // BLOCK_SIZE)
+        except Exception:  # noqa: BLE001 - the suite's isolation boundary, once a step: its row says what it raised
+            row["error"] = traceback.format_exc()[-3000:]
+    lowered = lower_to_triton(built.plan, runner.kv_cache, target_of(torch.cuda.get_device_capability()))
+    result["launch_kinds"] = dict(Counter(launch.kind for launch in lowered.plan.launches))
+    result["refusals"] = sorted(set(lowered.refusals.values()))
+    runner.close()
+    return result
+
+
+def _time_step(runner: ModelRunner, batch: int, context: int, num_blocks: int, kv_bytes: int) -> dict[str, Any]:
+    """Medians of a step: by events on the stream and by the host's clock, inputs copied each time, no sampling."""
+    step, distinct = decode_step(batch, context, num_blocks)
+    for _ in range(3):
+        logits = runner.forward(step)
+    if not bool(torch.isfinite(logits).all()):
+        raise RuntimeError("logits are not finite")
+    torch.cuda.synchronize()
+    on_device, on_host = [], []
+    for _ in range(20):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start = time.perf_counter()
+        begin.record()
+        runner.forward(step)
+        end.record()
+        end.synchronize()
+        on_host.append((time.perf_counter() - start) * 1e3)
+        on_device.append(begin.elapsed_time(end))
+    least_bytes = runner.weight_bytes + batch * context * kv_bytes
+    ms = statistics.median(on_device)
+    return {
+        "event_ms": round(ms, 3),
+        "event_ms_min_max": [round(min(on_device), 3), round(max(on_device), 3)],
+        "host_ms": round(statistics.median(on_host), 3),
+        "tokens_per_s": round(batch / ms * 1e3, 1),
+        "gb_s": round(least_bytes / ms / 1e6, 1),
+        "distinct_kv_share": round(distinct, 3),
+    }
