@@ -239,8 +239,10 @@ def _check_against(row: CoverageRow, model: nn.Module) -> None:
     parameters = checkpoint_tensors(model)
     prompts = [text_tokens(length, seed=i) for i, length in enumerate(PROMPT_LENS)]
 
-    first = PackedRun(ModelRunner(plan, parameters, built.constants, backend=row.backend), prompts)
+    runner = ModelRunner(plan, parameters, built.constants, backend=row.backend)
+    first = PackedRun(runner, prompts)
     ours = first.run()
+    row.launches = dict(Counter(launch.kind for launch in runner.executed_plan.launches))
     truth = [hf_logits(model, tokens) for tokens in first.tokens]
     row.max_relative_error = max(relative_error(a, b) for a, b in zip(ours, truth, strict=True))
     row.worst_position_error = max(worst_position_error(a, b) for a, b in zip(ours, truth, strict=True))

@@ -61,7 +61,7 @@ def build_meta_model(
         else:
             reason = (
                 f"transformers cannot build it with attn_implementation={attn_implementation!r}, "
-                f"experts_implementation={experts_implementation!r}: {error!r}"
+                f"experts_implementation={experts_implementation!r}: {error}"
             )
         raise UnsupportedModelError(f"{config.model_type}: {reason}") from error
     _keep_float32(model, dtype)

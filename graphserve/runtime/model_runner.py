@@ -65,6 +65,11 @@ class ModelRunner:
         self._inputs: dict[str, torch.Tensor] = {}
         self._runner = PlanRunner(plan, weights, self._inputs, _view_input, self.device)
 
+    @property
+    def executed_plan(self) -> Plan:
+        """The plan as it runs: each launch of the kind that this device, compiler and pool gave it."""
+        return self._runner.plan
+
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> None:
         """Make the KV pool. May be called again: the old pool and its contents are dropped."""
         self.kv_cache = None

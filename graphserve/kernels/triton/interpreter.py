@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import triton.experimental.gluon  # noqa: F401  imported by Triton at the first launch, and fails in the changed language
 import triton.language as tl
+from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -46,6 +47,14 @@ def _interpreted_language() -> Iterator[None]:
     if hasattr(tl.core, "condition"):
         classes.append(tl.core.condition)
     before = [(owner, dict(vars(owner))) for owner in (*modules, *classes)]
+    patch_tensor = triton_interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        # Triton 3.6 makes loop bounds of arrays with one element in a way that NumPy 2.4 refuses.
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    triton_interpreter._patch_lang_tensor = patch_with_index
     try:
         for module in modules:
             for name, value in list(vars(module).items()):
@@ -53,6 +62,7 @@ def _interpreted_language() -> Iterator[None]:
                     setattr(module, name, _library.setdefault(id(value), InterpretedFunction(value.fn)))
         yield
     finally:
+        triton_interpreter._patch_lang_tensor = patch_tensor
         for owner, names in before:
             for name, value in list(vars(owner).items()):
                 if name not in names:
