@@ -3,9 +3,9 @@
     python -m benchmarks.cpu_decode MODEL_DIR [--streams 1,8,32] [--prompt-len 64] [--new-tokens 128] [--rounds 3]
 
 Both decode the same prompts greedily in the checkpoint's dtype. A round times each side once for every stream count,
-the two interleaved; the first token (prefill) is timed apart and subtracted. Before timing, the first ``--check`` tokens
-of both are compared: in float32 they must agree for every stream, in bfloat16 the agreement is printed (roundings differ
-in order). The last stdout line is one JSON document.
+the two interleaved; the first token (prefill) is timed apart and subtracted. Before timing, the first ``--check``
+tokens of both are compared: in float32 they must agree for every stream, in bfloat16 the agreement is printed
+(roundings come in another order). The last stdout line is one JSON document.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ EXPECTED: dict[str, dict[str, int]] = {
     "llama:llama3": LLAMA,
     "qwen3": LLAMA | {"rms_norm": 17},
     "gemma2": LLAMA | {"rms_norm": 17, "norm_sandwich": 8},
-    "gemma3_text": LLAMA | {"rms_norm": 25, "position_tables": 4, "norm_sandwich": 8},  # local and global rotation
+    # local and global rotation
+    "gemma3_text": LLAMA | {"rms_norm": 25, "position_tables": 4, "norm_sandwich": 8},
     "granite": LLAMA,
     "phi3": LINEAR | {"rms_norm": 9, "linear": 17, "activation": 4, "glu": 4, "add_norm": 8},
     "gpt2": {"layer_norm": 9, "linear": 17, "embedding": 2, "activation": 4, "row_reshape": 12, "last_rows": 1,
