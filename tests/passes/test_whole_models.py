@@ -35,7 +35,8 @@ EXPECTED: dict[str, dict[str, int]] = {
     "gpt_neox": LINEAR | {"layer_norm": 9, "linear": 17, "activation": 4, "rope": 16, "add_norm": 4},
     "phi": LINEAR | {"layer_norm": 5, "linear": 25, "activation": 4, "rope": 16, "merge_linears": 4, "add_norm": 4},
     "glm4": LLAMA | {"rms_norm": 17, "linear": 25, "rope": 16, "merge_linears": 4, "norm_sandwich": 8},
-    "olmo2": LLAMA | {"rms_norm": 17, "add_norm": 1, "norm_sandwich": 8},  # norms come before the adds, but for the last one
+    # norms come before the adds, but for the last one
+    "olmo2": LLAMA | {"rms_norm": 17, "add_norm": 1, "norm_sandwich": 8},
     # in the last layer the MLP's linears run on fewer rows than q, k and v: two products there, one in the others
     "cohere": LINEAR | {"layer_norm": 5, "linear": 29, "activation": 4, "glu": 4, "merge_linears": 5, "add_norm": 4},
     "nemotron": LINEAR | {"layer_norm": 9, "linear": 25, "activation": 8, "rope": 16, "merge_linears": 4,
