@@ -96,6 +96,14 @@ def test_alone(golden):
             assert loaded.tokenizer.decode(case["prompt_token_ids"]) + got.text == case["full_text"]
 
 
+@pytest.mark.full
+def test_alone_to_the_end(golden):
+    llm = LLM.from_engine(make_engine(golden, max_num_seqs=1))
+    for case in golden[1]:
+        (output,) = llm.generate([case["prompt_token_ids"]], params_for(case), use_tqdm=False)
+        assert_tokens(case, output)
+
+
 def test_prompts_as_text_and_chats_as_messages(golden):
     loaded, cases, _ = golden
     llm = LLM.from_engine(make_engine(golden))
