@@ -13,8 +13,7 @@ from graphserve.demo import questions, stories
 END_OF_TEXT, TURN_START, TURN_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 VOCAB_SIZE = 2048
 
-# What share of the documents each source gives; the rest are questions and answers. More of the real stories makes the
-# text worse at this size: 975 of them are too few to learn their variety from, and are soon known by heart.
+# What share of the documents each source gives; the rest are questions and answers.
 REAL_STORY, WRITTEN_STORY, WRITTEN_CHAT = 0.06, 0.34, 0.32
 
 
