@@ -37,9 +37,10 @@ CHUNK_TOKENS = 16
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 128
 TOLERANCE = 1e-4  # max |ours - hf| / max |hf| over one request
-# The same for a request whose neighbour was replaced. Not zero: another number of rows for an expert is another matrix
-# product, which BLAS sums in another order (2.5e-6 seen); a token that leaks gives 1e-2 and more.
-ISOLATION_TOLERANCE = 1e-5
+# The same for a request whose neighbour was replaced. Generated C++ must give the same bits. Not so the references:
+# another number of rows for an expert is another matrix product, which BLAS sums in another order (2.5e-6 seen); a
+# token that leaks gives 1e-2 and more.
+ISOLATION_TOLERANCE = {"reference": 1e-5, "cpp": 0.0}
 
 Result = Literal["right", "wrong", "refused", "error", "hf cannot run"]
 
@@ -253,15 +254,16 @@ def _check_against(row: CoverageRow, model: nn.Module) -> None:
     )
     others = second.run()
     row.isolation_error = max(relative_error(others[i], ours[i]) for i in (0, 2))
-    row.result, row.reason = judge(row.max_relative_error, row.isolation_error)
+    row.result, row.reason = judge(row.max_relative_error, row.isolation_error, row.backend)
 
 
-def judge(max_relative_error: float, isolation_error: float) -> tuple[Result, str]:
+def judge(max_relative_error: float, isolation_error: float, backend: str = "reference") -> tuple[Result, str]:
     """Right when both errors keep within their tolerances (a nan never does), else wrong and why."""
     if not max_relative_error <= TOLERANCE:
         return "wrong", f"logits differ from transformers by {max_relative_error:.2g} (allowed {TOLERANCE:g})"
-    if not isolation_error <= ISOLATION_TOLERANCE:
-        return "wrong", f"another request changed the logits by {isolation_error:.2g} (allowed {ISOLATION_TOLERANCE:g})"
+    allowed = ISOLATION_TOLERANCE[backend]
+    if not isolation_error <= allowed:
+        return "wrong", f"another request changed the logits by {isolation_error:.2g} (allowed {allowed:g})"
     return "right", ""
 
 

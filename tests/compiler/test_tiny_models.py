@@ -154,6 +154,11 @@ def test_errors_beyond_tolerance_and_nan_are_wrong(error: float, isolation: floa
     assert judge(error, isolation)[0] == "wrong"
 
 
+def test_compiled_launches_must_give_the_same_bits_whoever_is_beside() -> None:
+    assert judge(0.0, 0.0, "cpp")[0] == "right"
+    assert judge(0.0, 1e-9, "cpp")[0] == "wrong"
+
+
 def test_the_position_error_is_relative_to_its_own_position() -> None:
     truth = torch.tensor([[10.0, 0.0], [0.1, 0.0]])
     ours = truth + torch.tensor([[0.0, 0.0], [0.05, 0.0]])
