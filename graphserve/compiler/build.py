@@ -268,7 +268,7 @@ def _lower(
         weights=weights,
         cache_layers=list(ctx.cache_layers),
         cache_groups=[CacheGroup(tuple(layers), window, chunk) for (window, chunk), layers in ctx.cache_groups.items()],
-        output=lowering.value_name(output),
+        outputs=(lowering.value_name(output),),
         passes=[],
     )
 

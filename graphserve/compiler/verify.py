@@ -208,7 +208,7 @@ class _GraphExecutor(fx.Interpreter):
             values[f"slot_mapping.{group}"] = torch.from_numpy(batch.slots)
         if groups:
             # A pool for each group: the same block ids serve all of them here.
-            layout = Plan({}, [], [], {}, {}, list(ctx.cache_layers), [CacheGroup(_own_layers(groups))], "", [])
+            layout = Plan({}, [], [], {}, {}, list(ctx.cache_layers), [CacheGroup(_own_layers(groups))], (), [])
             cache = KVCache(layout, batch.num_blocks, BLOCK_SIZE, torch.device("cpu"))
             for layer, (keys, kv_values) in enumerate(cache.layers):
                 values |= {f"kv_k.{layer}": keys, f"kv_v.{layer}": kv_values}

@@ -20,11 +20,14 @@ ITEM_SIZE = {
     "float32": 4,
     "bfloat16": 2,
     "float16": 2,
+    "complex128": 16,
     "complex64": 8,
     "int64": 8,
     "int32": 4,
+    "int16": 2,
     "int8": 1,
     "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
     "uint8": 1,
     "bool": 1,
 }
@@ -75,7 +78,8 @@ def layout(plan: Plan, max_tokens: int, max_rows: int) -> ArenaLayout:
             for output in launch.outputs:
                 if output is not None:
                     born[output] = dies[output] = index
-    dies[base.get(plan.output, plan.output)] = len(plan.launches)
+    for output in plan.outputs:
+        dies[base.get(output, output)] = len(plan.launches)
 
     sizes = {name: _num_bytes(plan, name, max_tokens, max_rows) for name in born}
     offsets: dict[str, int] = {}

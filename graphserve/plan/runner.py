@@ -126,7 +126,7 @@ class PlanRunner:
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
         self._offsets: dict[str, int] = {}
         self._capacity = (0, 0)
-        self._bindings: OrderedDict[StepSize, tuple[list[Action], torch.Tensor]] = OrderedDict()
+        self._bindings: OrderedDict[StepSize, tuple[list[Action], tuple[torch.Tensor, ...]]] = OrderedDict()
 
     @property
     def arena_bytes(self) -> int:
@@ -161,8 +161,8 @@ class PlanRunner:
         """Forget bindings; call after a tensor in ``inputs`` or ``weights`` was replaced."""
         self._bindings.clear()
 
-    def run(self, size: StepSize) -> torch.Tensor:
-        """Execute one step whose inputs are already in place. Returns the logits buffer [R, vocab] (a view)."""
+    def run(self, size: StepSize) -> tuple[torch.Tensor, ...]:
+        """Execute one step whose inputs are already in place. The next step overwrites the outputs it returns."""
         bound = self._bindings.get(size)
         if bound is None:
             self.reserve(size.num_tokens, size.num_rows)
@@ -172,10 +172,10 @@ class PlanRunner:
                 self._bindings.popitem(last=False)
         else:
             self._bindings.move_to_end(size)
-        actions, output = bound
+        actions, outputs = bound
         for action in actions:
             action()
-        return output
+        return outputs
 
     def _buffer(self, name: str, size: StepSize) -> torch.Tensor:
         spec: TensorSpec = self.plan.buffers[name]
@@ -187,7 +187,7 @@ class PlanRunner:
         offset = self._offsets[name]
         return self._arena[offset : offset + count].view(dtype).view(shape)
 
-    def _bind(self, size: StepSize) -> tuple[list[Action], torch.Tensor]:
+    def _bind(self, size: StepSize) -> tuple[list[Action], tuple[torch.Tensor, ...]]:
         tensors: dict[str, Any] = dict(self.weights)
         for name, tensor in self.inputs.items():
             tensors[name] = self._view_input(name, tensor, size)
@@ -204,8 +204,7 @@ class PlanRunner:
             actions.append(action or self._bind_reference(launch, tensors, size))
         for binder in self._binders.values():
             actions = binder.finish(actions, size)
-        logits = tensors[self.plan.output]
-        return actions, logits.view(-1, logits.shape[-1])
+        return actions, tuple(tensors[name] for name in self.plan.outputs)
 
     def _bind_reference(self, launch: Launch, tensors: Mapping[str, Any], size: StepSize) -> Action:
         function = resolve_op(launch.op)

@@ -3,7 +3,8 @@
 A plan is a flat list of launches over named values. A value is one of
 
 * a step input (``input_ids``, ``positions``, ``logits_indices``, ``query_start_loc``, ``seq_lens``,
-  ``block_table.G`` and ``slot_mapping.G`` for cache group ``G``),
+  ``block_table.G`` and ``slot_mapping.G`` for cache group ``G``), or, for a module that is no language model, one of
+  ``inputs``,
 * a weight (``weights[name]``: how it is made from the checkpoint's parameters, see :class:`WeightSpec`),
 * a KV cache (``kv.L``, one a cache layer), or
 * a buffer written by an earlier launch.
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 import msgspec
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 Dim = int | str
 LaunchKind = Literal["reference", "library", "cpp", "triton", "inductor", "view"]
@@ -110,6 +111,7 @@ class Plan(msgspec.Struct):
     weights: dict[str, WeightSpec]
     cache_layers: list[CacheSpec]
     cache_groups: list[CacheGroup]
-    output: str  # the logits buffer, [R, vocab]
+    outputs: tuple[str, ...]  # of a language model: the logits alone, [R, vocab]
     passes: list[dict[str, Any]]  # report of the pipeline: name, matches, refusals, seconds
+    inputs: dict[str, TensorSpec] = {}  # of any other module; a language model has the step inputs
     version: int = PLAN_VERSION

@@ -149,7 +149,8 @@ class ModelRunner:
         size = StepSize((len(step.input_ids), len(step.logits_indices), len(step.seq_lens)))
         self._grow_inputs(size)
         self._write_inputs(step)
-        return self._runner.run(size)
+        (logits,) = self._runner.run(size)
+        return logits.view(-1, logits.shape[-1])
 
     def close(self) -> None:
         """Free weights, KV cache and buffers."""

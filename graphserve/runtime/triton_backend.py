@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +15,7 @@ from graphserve.plan.schema import Launch
 from graphserve.runtime.cuda_driver import CudaDriver
 from graphserve.runtime.cuda_launcher import CudaLaunch, CudaLauncher
 from graphserve.runtime.launch_specs import op_name, tensor_names, value_name
+from graphserve.runtime.library_calls import bind_product
 from graphserve.runtime.triton_plan import TritonPlan
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class TritonBackend:
         if op_name(launch) == "linear":
             x = tensors[value_name(launch.args[0])]
             if launch.kind == "library" or x.numel() // x.shape[-1] > MAX_GEMV_ROWS:
-                return _bind_product(launch, tensors)
+                return bind_product(launch, tensors)
         assert launch.kernel is not None
         scalars = self._scalars(size)
         pointers = [tensors[name].data_ptr() if name else None for name in tensor_names(launch)]
@@ -134,16 +135,3 @@ class _Several:
     def __call__(self) -> None:
         for launch in self.launches:
             launch()
-
-
-def _bind_product(launch: Launch, tensors: Mapping[str, Any]) -> Action:
-    """``gs.linear`` as one library call that writes the plan's buffer."""
-    x, weight = (tensors[value_name(a)] for a in launch.args[:2])
-    bias = tensors[value_name(launch.args[2])] if value_name(launch.args[2]) else None
-    (name,) = launch.outputs
-    assert name is not None
-    output = tensors[name]
-    rows, result, transposed = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1]), weight.t()
-    if bias is None:
-        return lambda: torch.mm(rows, transposed, out=result)
-    return lambda: torch.addmm(bias, rows, transposed, out=result)

@@ -41,7 +41,7 @@ def comparable(plan: Plan) -> dict[str, Any]:
         "weights": plan.weights,
         "cache": (plan.cache_layers, plan.cache_groups),
         "model": plan.model,
-        "output": numbers[plan.output],
+        "output": numbers[plan.outputs[0]],
     }
 
 

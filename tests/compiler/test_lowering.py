@@ -120,4 +120,4 @@ def test_launches_read_only_what_is_defined_before_them() -> None:
     for launch in plan.launches:
         assert set(launch_inputs(launch)) <= defined
         defined |= {name for name in launch.outputs if name is not None}
-    assert plan.output in defined and set(plan.buffers) <= defined
+    assert set(plan.outputs) <= defined and set(plan.buffers) <= defined

@@ -59,7 +59,7 @@ def fake_plan(groups: Sequence[CacheGroup], vocab: int = VOCAB) -> Plan:
         weights={},
         cache_layers=[layer],
         cache_groups=list(groups),
-        output="logits",
+        outputs=("logits",),
         passes=[],
     )
 

@@ -14,7 +14,7 @@ from graphserve.plan.schema import Launch, Plan, TensorSpec
 def plan_of(launches: list[Launch], buffers: dict[str, TensorSpec], output: str) -> Plan:
     return Plan(
         model={}, launches=launches, init=[], buffers=buffers, weights={}, cache_layers=[], cache_groups=[],
-        output=output, passes=[],
+        outputs=(output,), passes=[],
     )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
             shown[output] = shown.get(source, source)
         else:
             life[output] = (i, i)
-    last = shown.get(plan.output, plan.output)
+    last = shown.get(plan.outputs[0], plan.outputs[0])
     if last in life:
         life[last] = (life[last][0], len(plan.launches))
     return life

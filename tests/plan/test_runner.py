@@ -30,13 +30,13 @@ def softmax_plan() -> Plan:
     }
     return Plan(
         model={}, launches=launches, init=[], buffers=buffers, weights={}, cache_layers=[], cache_groups=[],
-        output="logits", passes=[],
+        outputs=("logits",), passes=[],
     )  # fmt: skip
 
 
 def expected(x: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     top = ((x * weight).view(-1, 2, 3).transpose(0, 1) + 1).topk(1).values
-    return top[:, rows].reshape(-1, 1)
+    return top[:, rows]
 
 
 def view_input(name: str, tensor: torch.Tensor, size: StepSize) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_every_step_size_gives_the_right_rows() -> None:
     for tokens, rows in ((1, 1), (16, 4), (7, 2), (16, 1), (1, 1)):
         runner.inputs["rows"][:rows] = torch.randint(0, tokens, (rows,))
         runner.inputs["x"][:tokens] = torch.randn(tokens, 6)
-        result = runner.run(StepSize((tokens, rows, 1)))
+        (result,) = runner.run(StepSize((tokens, rows, 1)))
         truth = expected(runner.inputs["x"][:tokens], runner.weights["weight"], runner.inputs["rows"][:rows])
         assert torch.equal(result, truth)
 
@@ -64,7 +64,7 @@ def test_a_larger_step_than_reserved_makes_the_arena_grow() -> None:
     runner = make_runner()
     runner.reserve(2, 1)
     small = runner.arena_bytes
-    result = runner.run(StepSize((16, 4, 1)))
+    (result,) = runner.run(StepSize((16, 4, 1)))
     truth = expected(runner.inputs["x"], runner.weights["weight"], runner.inputs["rows"])
     assert torch.equal(result, truth) and runner.arena_bytes > small
 
@@ -72,7 +72,7 @@ def test_a_larger_step_than_reserved_makes_the_arena_grow() -> None:
 def test_buffers_stay_where_they_are_from_step_to_step() -> None:
     runner = make_runner()
     runner.reserve(16, 4)
-    places = {runner.run(StepSize((tokens, 1, 1))).data_ptr() for tokens in (1, 5, 16)}
+    places = {runner.run(StepSize((tokens, 1, 1)))[0].data_ptr() for tokens in (1, 5, 16)}
     assert len(places) == 1
 
 
@@ -97,7 +97,7 @@ def test_a_binder_takes_the_launches_it_wants_and_sees_them_all_at_the_end() -> 
 
     binder = Doubling()
     runner = make_runner({"reference": binder})
-    result = runner.run(StepSize((4, 2, 1)))
+    (result,) = runner.run(StepSize((4, 2, 1)))
     truth = expected(runner.inputs["x"][:4], runner.weights["weight"], runner.inputs["rows"][:2])
     assert torch.equal(result, 2 * truth)
     assert binder.finished == [(4, (4, 2, 1))]  # views take no action

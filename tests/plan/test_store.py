@@ -27,7 +27,7 @@ def stored() -> StoredPlan:
         {"w": WeightSpec(TensorSpec((4, 4), "float32"), "parameters", (WeightPart("p", 4),))},
         [CacheSpec(2, 8, 8, "bfloat16", window=4)],
         [CacheGroup((0,), window=4)],
-        "y",
+        ("y",),
         [],
     )
     program = WeightProgram({"p": ParameterRule(Load("t"), (4, 4), "float32")}, {"q": "p"})

@@ -8,7 +8,7 @@ from graphserve.runtime.kv_cache import KVCache
 
 
 def plan_with(layers: list[CacheSpec], groups: list[CacheGroup]) -> Plan:
-    return Plan({"max_model_len": 64}, [], [], {}, {}, layers, groups, "", [])
+    return Plan({"max_model_len": 64}, [], [], {}, {}, layers, groups, (), [])
 
 
 def spec(

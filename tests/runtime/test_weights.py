@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def plan_with(weights: dict[str, WeightSpec], init: list[Launch] | None = None) -> Plan:
-    return Plan({"max_model_len": 4}, [], init or [], {}, weights, [], [], "", [])
+    return Plan({"max_model_len": 4}, [], init or [], {}, weights, [], [], (), [])
 
 
 def from_parameters(shape: tuple[int, ...], *parts: WeightPart, dim: int = 0, dtype: str = "float32") -> WeightSpec:
