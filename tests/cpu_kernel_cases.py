@@ -65,7 +65,7 @@ class Case:
         return kernel
 
     def run(self, function: int, library: Any, num_threads: int) -> list[Tensor]:
-        """Results of the C++ kernel in the order of :meth:`expected`; outputs start out as NaN."""
+        """Results of the C++ kernel in the order of :meth:`expected`; outputs start out as NaN or 99."""
         args = [_copy(a) for a in self.args]
         pointed = list(args)
         if self.op == "linear":
@@ -76,7 +76,7 @@ class Case:
             gated = self.attrs.get("has_gate", True)
             layout = (self.attrs["transposed"], self.attrs["interleaved"], gated)
             pointed[3], pointed[5] = pack_moe_weights(args[3], args[5], *layout)
-        outputs = [torch.full_like(o, float("nan")) for o in self._outputs()]
+        outputs = [torch.full_like(o, float("nan") if o.is_floating_point() else 99) for o in self._outputs()]
         pointers = [None if t is None else t.data_ptr() for t in [*pointed, *outputs]]
         sequence = CompiledSequence(library, [(function, pointers)])
         s = self.scalars

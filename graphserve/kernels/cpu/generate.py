@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from graphserve.kernels.arg_spec import ArgSpec, Call, Refusal, Refused
-from graphserve.kernels.cpu import activation, attention, embedding, linear, moe, norm, rope_kv
+from graphserve.kernels.cpu import activation, attention, embedding, linear, moe, norm, pointwise, rope_kv, route
 from graphserve.kernels.cpu.entries import EntryGenerator
 from graphserve.kernels.cpu.isa import ISA_LEVELS
 from graphserve.kernels.cpu.kernel import CppKernel, make_kernel
@@ -25,8 +25,10 @@ GENERATORS: dict[str, EntryGenerator] = {
     "rope_kv_write": rope_kv.rope_kv_write,
     "paged_attention": attention.paged_attention,
     "moe": moe.moe,
+    "route": route.route,
     "embedding": embedding.embedding,
     "gather_rows": embedding.gather_rows,
+    "pointwise": pointwise.pointwise,
 }
 
 
