@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,7 +152,8 @@ def capture(model: PreTrainedModel, weight_names: dict[int, str] | None = None) 
         return model(input_ids=input_ids, position_ids=position_ids, **options)[0][:, logits_indices]
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        captured["graph"], captured["shape_env"] = _to_aten(gm, example_inputs)
+        values = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
+        captured["graph"], captured["shape_env"] = to_aten(gm, values)
         captured["inputs"] = example_inputs
         return gm.forward
 
@@ -176,10 +178,13 @@ def capture(model: PreTrainedModel, weight_names: dict[int, str] | None = None) 
     return gm
 
 
-def _to_aten(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphModule, Any]:
-    """Dynamo's graph → ATen graph before dispatch, on the fake tensors Dynamo left on its placeholders."""
+def to_aten(gm: fx.GraphModule, values: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
+    """Dynamo's graph → ATen graph before dispatch, and the shape environment of its sizes.
+
+    Args:
+        values: one for each placeholder: fake tensors of one mode (those Dynamo left there, say), sizes, numbers.
+    """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    values = [n.meta["example_value"] for n in placeholders]
     fake_mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
     allowed = fake_mode.allow_non_fake_inputs
     fake_mode.allow_non_fake_inputs = True  # constants that the model's Python makes (torch.tensor(3.0))

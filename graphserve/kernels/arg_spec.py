@@ -120,6 +120,10 @@ def row_layout(spec: ArgSpec, trailing: int = 1) -> RowLayout:
     Raises:
         Refused: the leading dimensions need more than two strides, or one with an unknown size is not outermost.
     """
+    leading = tuple(size for size in spec.shape[: len(spec.shape) - trailing] if size != 1)
+    if spec.strides is None and any(isinstance(size, str) for size in leading[1:]):
+        # [B, T, H] in one piece: the batch's stride varies with T, but the rows lie end to end.
+        return RowLayout(product(leading), 1, spec.int_stride(-trailing - 1), 0)
     merged: list[tuple[Dim, int]] = []  # (size, stride), outermost first
     for axis in range(len(spec.shape) - trailing):
         size = spec.shape[axis]

@@ -99,8 +99,8 @@ def _sample(plan: Plan, kv_cache: KVCache, size: StepSize) -> dict[str, torch.Te
     tensors["logits_indices"] = empty((rows,), torch.int64)
     tensors["query_start_loc"] = empty((seqs + 1,), torch.int32)
     tensors["seq_lens"] = empty((seqs,), torch.int32)
-    for name, spec in plan.inputs.items():
-        tensors[name] = empty(tuple(evaluate(d, tokens, rows) for d in spec.shape), torch_dtype(spec.dtype))
+    for given, spec in plan.inputs.items():
+        tensors[given] = empty(tuple(evaluate(d, tokens, rows) for d in spec.shape), torch_dtype(spec.dtype))
     for group in range(len(plan.cache_groups)):
         tensors[f"slot_mapping.{group}"] = empty((tokens,), torch.int64)
         tensors[f"block_table.{group}"] = empty((seqs, 1), torch.int32)
