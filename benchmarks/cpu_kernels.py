@@ -37,6 +37,7 @@ from graphserve.kernels.cpu import (
     pack_linear_weight,
     pack_moe_weights,
 )
+from graphserve.kernels.pointwise_program import Instruction, PointwiseProgram
 
 # The decoder of the benchmark: 12 layers of 768, 12 query and 6 KV heads of 64, inner size 2048, vocabulary 32000.
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, BLOCK = 12, 768, 12, 6, 64, 2048, 32000, 16
@@ -260,6 +261,71 @@ def bench_moe(bench: Bench) -> None:
         )  # fmt: skip
 
 
+def bench_route(bench: Bench) -> None:
+    """The router of 128 experts, 8 a row; torch runs the reference, one call after the other."""
+    experts, top_k = 128, 8
+    attrs = {
+        "top_k": top_k, "scores": "softmax", "normalize": "sum", "eps": 0.0, "min_sum": 0.0, "scale": 1.0,
+        "num_groups": 1, "top_groups": 1, "group_top": 1, "dtype": bench.name,
+    }  # fmt: skip
+    outs = [bench.spec(("T", top_k)), bench.spec(("T", top_k), dtype="int64")]
+    kernel = bench.kernel("route", attrs, [bench.spec(("T", experts)), None], outs)
+    library = build([kernel], bench.store)
+    for rows in (1, 32, 512):
+        # Fresh rows in every call: choosing among the same ones again is faster than any model's router is.
+        steps = [torch.randn(rows, experts).to(bench.dtype) for _ in range(max(8, 2048 // rows))]
+        weights, ids = torch.empty(rows, top_k, dtype=bench.dtype), torch.empty(rows, top_k, dtype=torch.int64)
+        function = library.function_pointer(kernel.symbol)
+        sequence = CompiledSequence(library, [(function, pointers(x, None, weights, ids)) for x in steps])
+        sequence.run(rows, 0, 0, bench.threads)
+        expected_weights, expected_ids = torch.ops.gs.route(steps[-1], None, **attrs)
+        check("route weights", weights, expected_weights)
+        check("route ids", ids, expected_ids)
+        bench.compare(
+            f"route {experts} experts top {top_k}, {rows} rows",
+            lambda s=sequence, r=rows: s.run(r, 0, 0, bench.threads),  # type: ignore[misc]
+            {"torch": lambda xs=steps: [torch.ops.gs.route(x, None, **attrs) for x in xs]},  # type: ignore[misc]
+            len(steps), rows * experts * bench.dtype.itemsize, 5 * rows * experts,
+        )  # fmt: skip
+
+
+def bench_pointwise(bench: Bench) -> None:
+    """Elementwise groups; torch runs their ATen calls, one after the other."""
+
+    def program(*instructions: tuple[str, tuple[Any, ...]]) -> str:
+        made = tuple(Instruction(op, args, bench.name) for op, args in instructions)
+        return PointwiseProgram(1, made, (len(made),)).encode()
+
+    v0, v1, v2 = ({"v": n} for n in range(3))
+    softcap = program(("aten.div.Tensor", (v0, 30.0)), ("aten.tanh.default", (v1,)), ("aten.mul.Tensor", (v2, 30.0)))
+    heads_first = program(("aten.clone.default", (v0,)))
+    heads, swapped = (1, HEADS, "T", HEAD_DIM), (0, HEAD_DIM, HEADS * HEAD_DIM, 1)
+    groups = {
+        "soft cap of logits": (softcap, bench.spec(("T", VOCAB)), bench.spec(("T", VOCAB)), (-1, VOCAB)),
+        "heads before tokens": (heads_first, bench.spec(heads, swapped), bench.spec(heads), (1, -1, HEADS, HEAD_DIM)),
+    }
+    kernels = {
+        name: bench.kernel("pointwise", {"program": text}, [source], [out])
+        for name, (text, source, out, _) in groups.items()
+    }
+    library = build(list(kernels.values()), bench.store)
+    for name, (text, _, _, shape) in groups.items():
+        for rows in (1, 32):
+            x = torch.randn(rows, VOCAB if shape[0] == -1 else HIDDEN).to(bench.dtype).reshape(shape)
+            x = x if len(shape) == 2 else x.transpose(1, 2)
+            out = torch.empty(x.shape, dtype=bench.dtype)
+            function = library.function_pointer(kernels[name].symbol)
+            sequence = CompiledSequence(library, [(function, pointers(x, out))])
+            sequence.run(rows, 0, 0, bench.threads)
+            check(name, out, torch.ops.gs.pointwise([x], text)[0])
+            bench.compare(
+                f"{name}, {rows} rows",
+                lambda s=sequence, r=rows: s.run(r, 0, 0, bench.threads),  # type: ignore[misc]
+                {"torch": lambda x=x, t=text: torch.ops.gs.pointwise([x], t)},  # type: ignore[misc]
+                1, 2 * x.numel() * x.element_size(), 3 * x.numel(),
+            )  # fmt: skip
+
+
 class DecodeStep:
     """All launches of one decode step of the decoder, as one sequence."""
 
@@ -369,7 +435,7 @@ def bench_decode(bench: Bench) -> None:
 
 
 SECTIONS = {"linear": bench_linear, "rowwise": bench_rowwise, "attention": bench_attention, "moe": bench_moe,
-            "decode": bench_decode}  # fmt: skip
+            "route": bench_route, "pointwise": bench_pointwise, "decode": bench_decode}  # fmt: skip
 
 
 def main() -> int:

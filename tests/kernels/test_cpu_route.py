@@ -38,7 +38,8 @@ def check(cases: list[Case], store: Path) -> None:
         expected_weights, expected_ids = case.expected()
         assert torch.equal(ids, expected_ids), case.name
         assert weights.dtype == getattr(torch, case.attrs["dtype"])
-        assert_close(weights, expected_weights.float())
+        torch.testing.assert_close(weights.isnan(), expected_weights.isnan())
+        assert_close(*(torch.nan_to_num(w, posinf=9.0, neginf=-9.0) for w in (weights, expected_weights.float())))
 
 
 def test_the_routers_of_known_models_at_every_isa_level(check_cases) -> None:
@@ -100,6 +101,14 @@ def routers(draw: st.DrawFn) -> Case:
 @given(st.lists(routers(), min_size=5, max_size=5))
 def test_any_router_gives_what_the_reference_gives(kernel_store: Path, cases: list[Case]) -> None:
     check(cases, kernel_store)
+
+
+def test_logits_that_are_not_numbers_are_chosen_first_as_the_reference_does(kernel_store: Path) -> None:
+    logits = torch.randn(6, 40)
+    logits[0, 7] = logits[2, 3] = logits[2, 9] = float("nan")
+    logits[1, :38], logits[3] = float("-inf"), float("-inf")
+    logits[4, 11] = float("inf")
+    check([route_case("ends", logits, top_k=4, scores="none", normalize="none")], kernel_store)
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(kernel_store: Path) -> None:

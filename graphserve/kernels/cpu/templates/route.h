@@ -1,5 +1,5 @@
-// The router of experts. The best are chosen by the algorithms of the standard library that torch.topk runs on a CPU,
-// so that of equal choices the same one wins.
+// The router of experts. Distinct choices have one order, which vectors find; where two are equal (or one is NaN), the
+// best are chosen by the algorithms of the standard library that torch.topk runs on a CPU, so that the same one wins.
 #include <algorithm>
 
 struct Ranked {
@@ -7,17 +7,55 @@ struct Ranked {
   int32_t id;
 };
 
-// The k best of n in order; NaN ranks above every number.
-GS_INLINE void take_best(Ranked* all, int64_t n, int64_t k) {
+// The K largest of N (a multiple of W) one after the other, each replaced by -infinity; false if two are equal.
+template <int64_t N, int64_t K>
+GS_INLINE bool take_distinct(float* left, Ranked* best) {
+  vi odd = {};
+  for (int64_t i = 0; i < N; i += W) odd |= load(left + i) != load(left + i);
+  for (int64_t k = 0; k < K; ++k) {
+    vf top = set1(-INFINITY);
+    for (int64_t i = 0; i < N; i += W) top = vmax(load(left + i), top);
+    const float highest = max_lanes(top);
+    vi count = -odd, place = {};
+    for (int64_t i = 0; i < N; i += W) {
+      vi equal = load(left + i) == highest;
+      count -= equal;
+      place |= equal & (lane_ids() + int32_t(i));
+    }
+    int32_t total = 0, id = 0;
+    for (int j = 0; j < W; ++j) {
+      total += count[j];
+      id |= place[j];
+    }
+    if (total != 1) return false;
+    best[k] = {highest, id};
+    left[id] = -INFINITY;
+  }
+  return true;
+}
+
+// The K best of N in order; NaN ranks above every number.
+template <int64_t N, int64_t K>
+GS_INLINE void take_best(const float* values, Ranked* best) {
+  if constexpr (K <= 16) {
+    constexpr int64_t PADDED = (N + W - 1) / W * W;
+    float left[PADDED];
+    memcpy(left, values, N * sizeof(float));
+    for (int64_t i = N; i < PADDED; ++i) left[i] = -INFINITY;
+    if (take_distinct<PADDED, K>(left, best)) return;
+  }
+  Ranked all[N];
+  for (int64_t i = 0; i < N; ++i) all[i] = {values[i], int32_t(i)};
   auto before = [](const Ranked& a, const Ranked& b) {
     return (a.value != a.value && b.value == b.value) || a.value > b.value;
   };
-  if (k * 64 <= n) {
-    std::partial_sort(all, all + k, all + n, before);
+  if (K * 64 <= N) {
+    std::partial_sort(all, all + K, all + N, before);
   } else {
-    std::nth_element(all, all + k - 1, all + n, before);
-    std::sort(all, all + k - 1, before);
+    std::nth_element(all, all + K - 1, all + N, before);
+    std::sort(all, all + K - 1, before);
   }
+  memcpy(best, all, K * sizeof(Ranked));
 }
 
 struct SoftmaxScores {
@@ -76,16 +114,15 @@ struct SigmoidWeights {
 template <int64_t E, int64_t G, int64_t TOP_GROUPS, int64_t GROUP_TOP>
 GS_INLINE void keep_best_groups(float* choice) {
   constexpr int64_t SIZE = E / G;
-  Ranked members[SIZE], groups[G];
+  Ranked members[GROUP_TOP], groups[TOP_GROUPS];
+  float ranks[G];
   bool kept[G] = {};
   for (int64_t g = 0; g < G; ++g) {
-    for (int64_t j = 0; j < SIZE; ++j) members[j] = {choice[g * SIZE + j], int32_t(j)};
-    take_best(members, SIZE, GROUP_TOP);
-    float rank = 0;
-    for (int64_t j = 0; j < GROUP_TOP; ++j) rank += members[j].value;
-    groups[g] = {rank, int32_t(g)};
+    take_best<SIZE, GROUP_TOP>(choice + g * SIZE, members);
+    ranks[g] = 0;
+    for (int64_t j = 0; j < GROUP_TOP; ++j) ranks[g] += members[j].value;
   }
-  take_best(groups, G, TOP_GROUPS);
+  take_best<G, TOP_GROUPS>(ranks, groups);
   for (int64_t j = 0; j < TOP_GROUPS; ++j) kept[groups[j].id] = true;
   for (int64_t e = 0; e < E; ++e)
     if (!kept[e / SIZE]) choice[e] = -INFINITY;
@@ -100,14 +137,13 @@ GS_INLINE void route(const T* logits, const Bias* bias, Out* weights_out, int64_
     for (int64_t row = begin; row < end; ++row) {
       const T* in = LogitRows().at(logits, row);
       float scores[PADDED], choice[PADDED], weights[K];
-      Ranked ranked[E];
+      Ranked ranked[K];
       for (int64_t e = 0; e < PADDED; ++e) scores[e] = -INFINITY;  // experts past the end add nothing to a softmax
       for_lanes<E>([&](int64_t i, int lanes) { store_lanes(scores + i, load_lanes(in + i, lanes), lanes); });
       Scores::template of<PADDED>(scores);
       for (int64_t e = 0; e < E; ++e) choice[e] = bias ? scores[e] + to_float(bias[e]) : scores[e];
       if constexpr (G > 1) keep_best_groups<E, G, TOP_GROUPS, GROUP_TOP>(choice);
-      for (int64_t e = 0; e < E; ++e) ranked[e] = {choice[e], int32_t(e)};
-      take_best(ranked, E, K);
+      take_best<E, K>(choice, ranked);
       for (int64_t j = 0; j < K; ++j) weights[j] = scores[ranked[j].id];
       Weights::of(weights, K, eps, min_sum);
       Out* to = OutRows().at(weights_out, row);
