@@ -96,8 +96,10 @@ class Case:
 def _copy(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
-    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    return copy.copy_(tensor)
+    # Dimensions of stride 0 repeat one element: it is copied once.
+    once = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+    copy = torch.empty_strided(once.shape, once.stride(), dtype=tensor.dtype).copy_(once)
+    return copy.expand(tensor.shape)
 
 
 def assert_close(actual: Tensor, expected: Tensor, rounding: float = 1.0) -> None:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from graphserve.kernels.arg_spec import ArgSpec, Call, Refusal, Refused
-from graphserve.kernels.cpu import activation, attention, embedding, linear, moe, norm, pointwise, rope_kv, route
+from graphserve.kernels.cpu import (
+    activation,
+    attention,
+    concat,
+    embedding,
+    linear,
+    moe,
+    norm,
+    pointwise,
+    rope_kv,
+    route,
+)
 from graphserve.kernels.cpu.entries import EntryGenerator
 from graphserve.kernels.cpu.isa import ISA_LEVELS
 from graphserve.kernels.cpu.kernel import CppKernel, make_kernel
@@ -25,6 +36,7 @@ GENERATORS: dict[str, EntryGenerator] = {
     "rope_kv_write": rope_kv.rope_kv_write,
     "paged_attention": attention.paged_attention,
     "moe": moe.moe,
+    "concat": concat.concat,
     "route": route.route,
     "embedding": embedding.embedding,
     "gather_rows": embedding.gather_rows,
@@ -38,7 +50,8 @@ def generate(
     """Generate the kernel of one launch.
 
     Args:
-        op: op name, with or without the ``gs.`` prefix; ``gather_rows`` stands for an index_select of rows.
+        op: op name, with or without the ``gs.`` prefix; ``gather_rows`` stands for an index_select of rows, ``concat``
+            for a cat.
         attrs: the op's non-tensor arguments by name.
         args: its tensor arguments in schema order, None for absent ones. Weights of ``linear`` and ``moe`` are given
             by their unpacked spec; at run time the pointer is the packed form.

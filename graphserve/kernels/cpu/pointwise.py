@@ -7,6 +7,7 @@ once a row.
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from graphserve.kernels.pointwise_program import Instruction, PointwiseProgram, 
 
 # Columns of one piece of work where rows need not be whole: a few KiB, so that one long row still has many.
 TILE = 4096
+FAMILIES = ("activation", "pointwise")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,21 @@ def pointwise(call: Call) -> Entry:
     for i, (number, spec) in enumerate(zip(program.results, call.outputs, strict=True), start=len(inputs)):
         group.store(i, number, spec)
     notes = [f"  // {line}" for line in program.lines()]
-    return Entry(("activation", "pointwise"), "\n".join([*notes, *_over_rows(axes, specs, len(inputs), group)]))
+    places = [(number, 0) for number in range(len(specs))]
+    return Entry(FAMILIES, "\n".join([*notes, *_over_rows(axes, specs, places, len(inputs), group)]))
+
+
+def copy(source: ArgSpec, source_at: int, out: ArgSpec, out_at: int, offset: Dim) -> list[str]:
+    """Statements that copy tensor ``source_at`` of a kernel to tensor ``out_at``, ``offset`` elements in.
+
+    ``out`` is the part that is written, with the strides of the whole.
+    """
+    specs = [source, out]
+    axes = _axes(specs, out.shape, whole_rows=False)
+    group = _Group(axes[-1], whole_rows=False)
+    group.load(0, source)
+    group.store(1, 0, out)
+    return _over_rows(axes, specs, [(source_at, 0), (out_at, offset)], 1, group)
 
 
 def _broadcast(specs: list[ArgSpec]) -> tuple[Dim, ...]:
@@ -110,8 +126,10 @@ def _is_product(dim: Dim) -> bool:
     return not any(sign in str(dim) for sign in "+-/")
 
 
-def _over_rows(axes: list[_Axis], specs: list[ArgSpec], num_inputs: int, group: _Group) -> list[str]:
-    """The loops around the group's statements."""
+def _over_rows(
+    axes: list[_Axis], specs: list[ArgSpec], places: Sequence[tuple[int, Dim]], num_inputs: int, group: _Group
+) -> list[str]:
+    """The loops around the group's statements. ``places``: each tensor's pointer argument and its first element."""
     sizes = [cpp_dim(axis.size) for axis in axes]
     tile = "columns" if group.whole_rows else f"int64_t({TILE})"
     lines = [
@@ -137,7 +155,9 @@ def _over_rows(axes: list[_Axis], specs: list[ArgSpec], num_inputs: int, group: 
             for at, axis in enumerate(axes[:-1])
             if axis.strides[number] != 0
         )
-        lines.append(f"      {qualified}* t{number} = static_cast<{qualified}*>(p[{number}]){moves};")
+        at, offset = places[number]
+        start = f" + {cpp_dim(offset)}" if offset != 0 else ""
+        lines.append(f"      {qualified}* t{number} = static_cast<{qualified}*>(p[{at}]){start}{moves};")
     return [*lines, *(textwrap.indent(line, " " * 6) for line in group.lines()), "    }", "  });"]
 
 
