@@ -35,11 +35,14 @@ class ModuleRunner:
         is_fixed: for each argument, whether it is expected at the same address in every call.
         device: where all tensors are.
 
+    Attributes:
+        module_plan: as given; ``plan`` is its plan as this device runs it.
+
     Invariant: results are the caller's own; no later call writes into them. Calls from several threads take turns.
     """
 
     def __init__(self, module_plan: ModulePlan, is_fixed: Sequence[bool], device: torch.device) -> None:
-        self._module_plan = module_plan
+        self.module_plan = module_plan
         self._is_fixed = list(is_fixed)
         self._device = device
         self._lock = threading.Lock()
@@ -95,11 +98,11 @@ class ModuleRunner:
         """One call of the module with its flat arguments; flat results in new memory."""
         # Buffers that were made in inference mode could not be written outside it.
         with self._lock, torch.inference_mode(False), torch.no_grad(), self._on_own_stream():
-            place = self._module_plan.size_argument
+            place = self.module_plan.size_argument
             tokens = 1 if place is None else _size_at(arguments[place[0]], place[1])
             self._place(arguments)
             tensors = iter(self._runner.run(StepSize((tokens, 0, 0))))
-            return [self._result(output, tensors, tokens) for output in self._module_plan.outputs]
+            return [self._result(output, tensors, tokens) for output in self.module_plan.outputs]
 
     def _on_own_stream(self) -> AbstractContextManager[object]:
         """Kernels are bound to the stream that was current when they were made; a caller on another one waits."""
@@ -109,7 +112,7 @@ class ModuleRunner:
 
     def _place(self, arguments: Sequence[Any]) -> None:
         inputs = self._runner.inputs
-        for name, is_fixed, value in zip(self._module_plan.arguments, self._is_fixed, arguments, strict=True):
+        for name, is_fixed, value in zip(self.module_plan.arguments, self._is_fixed, arguments, strict=True):
             if name is None:
                 continue
             if is_fixed and value.is_contiguous() and value.data_ptr() % ALIGNMENT == 0:
@@ -128,7 +131,7 @@ class ModuleRunner:
     def _view_input(self, name: str, tensor: torch.Tensor, size: StepSize) -> torch.Tensor:
         if name not in self._staging:
             return tensor
-        shape = [evaluate(dim, size.num_tokens, 0) for dim in self._module_plan.plan.inputs[name].shape]
+        shape = [evaluate(dim, size.num_tokens, 0) for dim in self.module_plan.plan.inputs[name].shape]
         count = 1
         for dim in shape:
             count *= dim

@@ -21,6 +21,8 @@ from torch import fx, nn
 from graphserve.compiler.backend import MAX_SHAPES, CompiledGraph, graphserve_backend
 from graphserve.errors import UnsupportedModelError
 from graphserve.kernels.cpu import compiler
+from graphserve.runtime.kv_cache import KVCache
+from graphserve.runtime.triton_plan import lower_to_triton
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
@@ -354,3 +356,14 @@ def test_the_installed_distribution_gives_the_backend_its_name(tmp_path: Path, r
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{repository}"}
     result = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_on_a_gpu_only_attention_would_be_an_eager_call_of_a_block() -> None:
+    compiled = Compiled(Block().eval())
+    for tokens in (5, 7):
+        compiled.call(torch.randn(2, tokens, 64))
+    for runner in compiled.runners:
+        plan = runner.module_plan.plan
+        lowered = lower_to_triton(plan, KVCache(plan, 1, 1, torch.device("meta")), "cuda:90")
+        eager = [launch.op for launch in lowered.plan.launches if launch.kind == "reference"]
+        assert eager == ["aten.scaled_dot_product_attention.default"], lowered.refusals
