@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
 TABLE = ROOT / "benchmarks" / "COVERAGE.md"
 BACKENDS = ("reference", "cpp")
+DENSE_LAUNCHES = 10
 
 # One process loads torch, transformers and the compiler; each architecture runs in a fork of it.
 FORK_SERVER = multiprocessing.get_context("forkserver")
@@ -184,9 +185,18 @@ def summarise(results: Results) -> dict[str, Any]:
         "wrong": sum(row["result"] == "wrong" for row in results.rows.values()),
         "named_right": len(NAMED) + len(NAMED_RIGHT_OR_REFUSED) - len(not_right),
         "named_not_right": not_right,
+        "dense_within": sum(_is_within(row) for row in rows if ":" not in row["name"]),
+        "gpu_whole": sum(
+            bool(row["gpu_launches"]) and not row["gpu_leftovers"] for row in rows if ":" not in row["name"]
+        ),
         "cpp_right": sum(row["result"] == "right" for row in results.of("cpp")),
         "cpp_not_right": [row["name"] for row in results.of("cpp") if row["result"] != "right"],
     }
+
+
+def _is_within(row: Row) -> bool:
+    """Whether an architecture is right, has dense layers and launches few enough kernels in each on a GPU."""
+    return row["result"] == "right" and 0 < row["gpu_launches"].get("dense", 0) <= DENSE_LAUNCHES
 
 
 def render_table(results: Results) -> str:
@@ -196,7 +206,9 @@ def render_table(results: Results) -> str:
     versions = sorted({f"transformers {row['transformers']}, torch {row['torch']}" for row in rows})
     counts = f"{summary['right']} of {summary['architectures']} right, {summary['wrong']} wrong, "
     counts += f"{summary['refused']} refused, {summary['error']} errors, {summary['hf_cannot_run']} that transformers "
-    counts += f"cannot run as a text decoder. Through compiled CPU launches: {summary['cpp_right']} right."
+    counts += f"cannot run as a text decoder. Through compiled CPU launches: {summary['cpp_right']} right. "
+    counts += f"On a GPU at most {DENSE_LAUNCHES} launches per dense layer: {summary['dense_within']}; "
+    counts += f"no eager op at all: {summary['gpu_whole']}."
     lines = [
         "# Coverage: every causal-LM architecture of transformers",
         "",
@@ -206,16 +218,21 @@ def render_table(results: Results) -> str:
         "A tiny random model each (window 8, chunk 16, every layer type, at least four layers); three packed requests",
         "of 5, 37 and 90 tokens in chunks of 16, then 12 decode steps. *Right*: the logits of every position are",
         "within 1e-4 of transformers' for the request alone, and replacing one request moves no other's by more than",
-        "1e-5 through the plain-torch references; through generated C++ it must leave every bit as it was.",
+        "1e-5 through the plain-torch references; through generated C++ it must leave every bit as it was. Launches",
+        "per layer and leftovers (ops that would run eagerly) are those of the bfloat16 plan for cuda:90.",
         "",
-        "| architecture | result | compiled | traced | guards on T | attention rules | matches | max error | reason |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| architecture | result | compiled | launches per dense layer | per MoE layer | leftovers | traced | guards on T "
+        "| attention rules | matches | max error | reason |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         rules = "; ".join(f"{layer}: {rule}" for layer, rule in row["rules"].items())
         matches = ", ".join(f"{name} {n}" for name, n in row["matches"].items() if n)
         error = "" if row["max_relative_error"] is None else f"{row['max_relative_error']:.1e}"
-        cells = [row["name"], row["result"], cpp.get(row["name"], ""), "yes" if row["traced"] else "no"]
+        gpu = row["gpu_launches"]
+        leftovers = ", ".join(f"{op} {n}" for op, n in row["gpu_leftovers"].items()) or ("none" if gpu else "")
+        cells = [row["name"], row["result"], cpp.get(row["name"], "")]
+        cells += [str(gpu.get("dense", "")), str(gpu.get("moe", "")), leftovers, "yes" if row["traced"] else "no"]
         guards = ", ".join(row["guards"]) or ("none" if row["traced"] else "")
         cells += [guards, rules, matches, error, row["reason"][:200]]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

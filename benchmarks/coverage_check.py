@@ -27,8 +27,10 @@ from graphserve.errors import ConfigError, UnsupportedModelError
 from graphserve.models.meta_model import build_meta_model, non_persistent_buffers
 from graphserve.models.rope import bake_rope
 from graphserve.plan.schema import CacheSpec, Launch, Plan
+from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.model_runner import ModelRunner
 from graphserve.runtime.step_input import SamplingInput, StepInput
+from graphserve.runtime.triton_plan import lower_to_triton
 from tests.tiny_models import checkpoint_tensors, hf_logits, text_tokens, tiny_config, tiny_model
 
 PROMPT_LENS = (5, 37, 90)
@@ -36,6 +38,7 @@ DECODE_STEPS = 12
 CHUNK_TOKENS = 16
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 128
+GPU_TARGET = "cuda:90"
 TOLERANCE = 1e-4  # max |ours - hf| / max |hf| over one request
 # The same for a request whose neighbour was replaced. Generated C++ must give the same bits. Not so the references:
 # another number of rows for an expert is another matrix product, which BLAS sums in another order (2.5e-6 seen); a
@@ -60,6 +63,8 @@ class CoverageRow(msgspec.Struct):
     max_relative_error: float | None = None  # worst request
     worst_position_error: float | None = None  # worst position, relative to its own largest logit
     isolation_error: float | None = None
+    gpu_launches: dict[str, int] = {}  # "dense" and "moe" -> launches of the largest such layer, bfloat16, cuda:90
+    gpu_leftovers: dict[str, int] = {}  # op that no kernel covers there -> number
     seconds: float = 0.0
     transformers: str = transformers.__version__
     torch: str = str(torch.__version__)
@@ -237,6 +242,7 @@ def _check_against(row: CoverageRow, model: nn.Module) -> None:
         row.traced = "prove" in phases  # the phase after capture
     plan = built.plan
     describe_plan(row, plan, config)
+    describe_gpu_plan(row)
     parameters = checkpoint_tensors(model)
     prompts = [text_tokens(length, seed=i) for i, length in enumerate(PROMPT_LENS)]
 
@@ -292,6 +298,19 @@ def describe_plan(row: CoverageRow, plan: Plan, config: PretrainedConfig) -> Non
         layer_type = layer_types[i] if len(layer_types) == len(attention) else "attention"
         rules.setdefault(layer_type, []).append(describe_rule(launch, spec))
     row.rules = {layer_type: " | ".join(dict.fromkeys(found)) for layer_type, found in rules.items()}
+
+
+def describe_gpu_plan(row: CoverageRow) -> None:
+    """Fills the columns on GPU launches, from the plan in the dtype that models are served in."""
+    meta = build_meta_model(tiny_config(row.name), torch.bfloat16)
+    bake_rope(meta, MAX_MODEL_LEN)
+    plan = build_plan(meta, MAX_MODEL_LEN, non_persistent_buffers(meta)).plan
+    lowered = lower_to_triton(plan, KVCache(plan, 2, BLOCK_SIZE, torch.device("meta")), GPU_TARGET)
+    moe_layers = {launch.layer for launch in plan.launches if launch.op == "gs.moe.default"}
+    for layer, count in lowered.launches_per_layer().items():
+        kind = "moe" if layer in moe_layers else "dense"
+        row.gpu_launches[kind] = max(row.gpu_launches.get(kind, 0), count)
+    row.gpu_leftovers = dict(Counter(plan.launches[index].op for index in lowered.refusals))
 
 
 def describe_rule(launch: Launch, spec: CacheSpec) -> str:

@@ -116,7 +116,8 @@ class _Guarded:
 def _copy(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+    storage = tensor.untyped_storage().clone()  # as a whole: an expanded tensor has several elements in one place
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def assert_close(actual: Tensor, expected: Tensor, relative: float = 1e-5, absolute: float = 1e-5) -> None:
@@ -138,15 +139,18 @@ def check_golden_source(name: str, kernel: TritonKernel) -> None:
     assert kernel.source == path.read_text(), f"{path.name} differs: see the module's docstring to rewrite it"
 
 
-def check_budget(name: str, kernel: TritonKernel, target: str, file: str = "budgets") -> None:
+def check_budget(name: str, kernel: TritonKernel, target: str, file: str | Path = "budgets") -> None:
     """A compile for ``target`` stays within ``golden/<file>.json``: registers, shared memory, vector loads, matrix
     instructions; and nothing spills.
+
+    Args:
+        file: a name in the golden folder, or the path of a JSON file elsewhere.
     """
     from graphserve.kernels.triton.compile import compile_for
 
     compiled = compile_for(kernel, target)
     assert compiled.num_spills == 0, f"{name} on {target}: {compiled.num_spills} spills"
-    path = GOLDEN / f"{file}.json"
+    path = file if isinstance(file, Path) else GOLDEN / f"{file}.json"
     budgets: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text()) if path.exists() else {}
     if UPDATE:
         old = budgets.setdefault(name, {}).get(target)

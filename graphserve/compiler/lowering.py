@@ -11,9 +11,16 @@ import torch
 from torch import fx
 
 from graphserve.errors import CompileError
+from graphserve.kernels.pointwise_program import Instruction, PointwiseProgram
 from graphserve.plan.schema import Launch, TensorSpec
 from graphserve.plan.symbols import Affine
 
+# Ops that only move elements to where the plan wants them.
+_COPIES = (
+    torch.ops.aten.clone.default,
+    torch.ops.aten.contiguous.default,
+    torch.ops.aten.reshape.default,
+)
 # Sizes at which view-ness is decided. Odd primes: no model dimension equals them.
 _TOKENS, _ROWS = 13, 7
 
@@ -113,8 +120,13 @@ class Lowering:
         if not isinstance(target, torch._ops.OpOverload):
             raise CompileError(f"{node.format_node()}: not an operator")
         name = self._prefix + node.name
+        if target.namespace == "gs":
+            self._make_token_major(node, name)
         self._names[node] = name
         results, is_view, target = self._sample(node, target)
+        if target in _COPIES and not is_view:
+            self._lower_copy(node, name, results)
+            return
         if value is None:
             outputs: tuple[str | None, ...] = ()
         elif isinstance(value, torch.Tensor):
@@ -140,6 +152,46 @@ class Lowering:
                 sources=tuple(node.meta.get("gs_sources", (node.name,))),
             )
         )
+
+    def _make_token_major(self, node: fx.Node, name: str) -> None:
+        """Copy arguments in which a step's tokens lie within another dimension, such as heads: kernels need constant
+        strides, and theirs would grow with the number of tokens.
+        """
+        for number, argument in enumerate(node.all_input_nodes):
+            sample = self._samples.get(argument)
+            if argument.op == "placeholder" or not isinstance(sample, torch.Tensor):
+                continue
+            if sample.is_contiguous() or not _strides_vary(argument.meta["val"], sample):
+                continue  # a copy of what lies in order already would look the same
+            copy = f"{name}.in{number}"
+            self._copy(self._names[argument], argument, copy, node)
+            self._names[argument] = copy  # for later readers too: it holds the same values
+            self._samples[argument] = torch.empty(sample.shape, dtype=sample.dtype, device="meta")
+
+    def _copy(self, source: str, like: fx.Node, copy: str, for_node: fx.Node) -> None:
+        """A launch that makes ``source`` contiguous, in a buffer of its own."""
+        value = like.meta["val"]
+        clone = Instruction("aten.clone.default", ({"v": 0},), dtype_name(value.dtype))
+        program = PointwiseProgram(1, (clone,), (1,))
+        self.buffers[copy] = self.tensor_spec(value)
+        layer = for_node.meta.get("gs_layer")
+        sources = tuple(for_node.meta.get("gs_sources", (for_node.name,)))
+        args = ([{"v": source}], program.encode())
+        self.launches.append(Launch("gs.pointwise.default", args, {}, (copy,), layer=layer, sources=sources))
+
+    def _lower_copy(self, node: fx.Node, name: str, sample: torch.Tensor) -> None:
+        """A clone, or a reshape that cannot be a view: one elementwise kernel that makes its input contiguous."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        is_reshaped = node.target not in (torch.ops.aten.clone.default, torch.ops.aten.contiguous.default)
+        copy = f"{name}.copy" if is_reshaped else name
+        self._copy(self._names[source], source if is_reshaped else node, copy, node)
+        self._samples[node] = sample
+        if is_reshaped:
+            view = ({"v": copy}, *(self._encode(a) for a in node.args[1:]))
+            op = "aten.reshape.default"
+            last = self.launches[-1]
+            self.launches.append(Launch(op, view, {}, (name,), "view", last.layer, last.sources))
 
     def _sample(self, node: fx.Node, target: Any) -> tuple[Any, bool, Any]:
         """Run the op on meta tensors with the strides our buffers have: (result, is it a view, op to use)."""
@@ -199,6 +251,13 @@ class Lowering:
         if argument is None or isinstance(argument, (bool, int, float, str)):
             return argument
         raise CompileError(f"argument {argument!r} of type {type(argument).__name__} has no JSON form")
+
+
+def _strides_vary(value: torch.Tensor, sample: torch.Tensor) -> bool:
+    """Whether a dimension of fixed size lies outside one that varies, so that its stride varies too."""
+    varying = [sample.stride(axis) for axis, size in enumerate(value.shape) if not isinstance(size, int)]
+    fixed = [sample.stride(axis) for axis, size in enumerate(value.shape) if isinstance(size, int) and size > 1]
+    return bool(varying and fixed) and max(fixed) > min(varying)
 
 
 def _shares_storage(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -32,6 +32,7 @@ from graphserve.passes import (
     merge_linears,
     no_ops,
     norm_sandwich,
+    pointwise_groups,
     position_tables,
     quantize_producers,
     rms_norm,
@@ -80,6 +81,7 @@ FUSE: tuple[Pass, ...] = (
     attention.PASS,  # after position_tables: the fused write reads the tables themselves
     no_ops.PASS,
     common_subexpressions.PASS,
+    pointwise_groups.PASS,  # last: what is left for it nobody else wanted
 )
 
 PIPELINE = LIFT + FUSE

@@ -50,6 +50,13 @@ class ArgSpec(msgspec.Struct, frozen=True):
             return self.strides[axis]
         return product(self.shape[axis % len(self.shape) + 1 :])
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether elements lie in order without gaps."""
+        return self.strides is None or self.strides == tuple(
+            product(self.shape[i + 1 :]) for i in range(len(self.shape))
+        )
+
     def int_stride(self, axis: int) -> int:
         """A stride that must be known when the kernel is generated."""
         stride = self.stride(axis)

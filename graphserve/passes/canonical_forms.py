@@ -5,6 +5,7 @@
     split/chunk/split_with_sizes (x)[i]                         →  slice(x, dim, a, b)
     slice, transpose, unsqueeze, cat, stack, ... with dim < 0   →  the same with dim >= 0; a slice's end cut to size
     mul/add/sub/div.Scalar                                      →  the .Tensor overload
+    min/max(x, y)                                               →  minimum/maximum(x, y)
 
 Legal because each pair computes the same values on the same device. Exact.
 """
@@ -51,7 +52,9 @@ _RESHAPES = (
 )
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _DIM_AT_1 = (aten.cat.default, aten.stack.default, aten.unsqueeze.default, aten.squeeze.dim)
-_SCALARS = {
+_OVERLOADS = {
+    aten.min.other: aten.minimum.default,
+    aten.max.other: aten.maximum.default,
     aten.mul.Scalar: aten.mul.Tensor,
     aten.add.Scalar: aten.add.Tensor,
     aten.sub.Scalar: aten.sub.Tensor,
@@ -76,8 +79,8 @@ def canonical_call(node: fx.Node) -> Call | None:
         return _part(item[0], item[1])
     if is_op(node, aten.slice.Tensor):
         return _slice(node)
-    if node.target in _SCALARS:
-        return _SCALARS[node.target], node.args, dict(node.kwargs)
+    if node.target in _OVERLOADS:
+        return _OVERLOADS[node.target], node.args, dict(node.kwargs)
     if is_op(node, aten.transpose.int):
         dims = tuple(sorted(d % rank(node) for d in node.args[1:3]))
         return None if dims == node.args[1:3] else (node.target, (node.args[0], *dims), {})

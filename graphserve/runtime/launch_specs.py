@@ -19,13 +19,13 @@ _SAMPLES = (StepSize((13, 7, 3)), StepSize((29, 11, 5)))
 
 
 def op_name(launch: Launch) -> str:
-    """A generator's name of a launch's op, without ``gs.``; ``gather_rows`` for an index_select of rows; else empty."""
+    """A generator's name of a launch's op, without ``gs.``; ``gather_rows`` for an index_select of rows, ``concat``; else empty."""
     namespace, name, _ = launch.op.split(".")
     if namespace == "gs":
         return name
     if launch.op == "aten.index_select.default" and launch.args[1] == 1:
         return "gather_rows"
-    return ""
+    return "concat" if launch.op == "aten.cat.default" else ""
 
 
 def value_name(argument: Any) -> str:
@@ -40,7 +40,9 @@ def split_arguments(launch: Launch, specs: dict[str, ArgSpec]) -> tuple[list[Arg
     values = list(launch.args)
     for position, argument in enumerate(resolve_op(launch.op)._schema.arguments):  # type: ignore[attr-defined]
         given = values[position] if position < len(values) else launch.kwargs.get(argument.name, argument.default_value)
-        if "Tensor" in str(argument.type):
+        if "List[Tensor]" in str(argument.type):
+            args += [specs.get(value_name(item)) for item in given]
+        elif "Tensor" in str(argument.type):
             args.append(specs.get(value_name(given)))
         else:
             attrs[argument.name] = float(given["f"]) if isinstance(given, dict) else given
@@ -53,11 +55,11 @@ def tensor_names(launch: Launch) -> list[str]:
         names = [value_name(launch.args[0]), value_name(launch.args[2])]
     else:
         arguments = resolve_op(launch.op)._schema.arguments  # type: ignore[attr-defined]
-        names = [
-            value_name(launch.args[i] if i < len(launch.args) else launch.kwargs.get(a.name))
-            for i, a in enumerate(arguments)
-            if "Tensor" in str(a.type)
-        ]
+        names = []
+        for i, argument in enumerate(arguments):
+            given = launch.args[i] if i < len(launch.args) else launch.kwargs.get(argument.name)
+            if "Tensor" in str(argument.type):
+                names += [value_name(item) for item in (given if isinstance(given, (list, tuple)) else [given])]
     return names + [name for name in launch.outputs if name is not None]
 
 

@@ -21,6 +21,8 @@ from graphserve.runtime.launch_specs import op_name, split_arguments, value_name
 
 # Ops that cuBLAS serves through torch.mm when there are many rows; a Triton kernel may replace it for few.
 LIBRARY_OPS = {"linear": "torch.mm"}
+# Ops whose second kernel, where there is one, only adds up what the first one computed per part of the keys.
+_SPLITS_KEYS = ("paged_attention", "paged_attention_quant")
 
 
 class TritonPlan(msgspec.Struct):
@@ -41,11 +43,14 @@ class TritonPlan(msgspec.Struct):
         return {k.key: k for kernels in self.kernels.values() for k in kernels}
 
     def launches_per_layer(self) -> dict[int, int]:
-        """Launches of each layer. A kernel that reduces what another one split is not counted."""
+        """Kernels that each layer starts, library calls and eager ops included; not the reduce after split keys."""
         counts: dict[int, int] = {}
-        for launch in self.plan.launches:
+        for index, launch in enumerate(self.plan.launches):
             if launch.kind != "view" and launch.layer is not None:
-                counts[launch.layer] = counts.get(launch.layer, 0) + 1
+                num_kernels = len(self.kernels[index]) if index in self.kernels else 1
+                if op_name(launch) in _SPLITS_KEYS:
+                    num_kernels = 1
+                counts[launch.layer] = counts.get(launch.layer, 0) + num_kernels
         return counts
 
 

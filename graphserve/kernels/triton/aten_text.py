@@ -25,6 +25,7 @@ _NAN = "propagate_nan=tl.PropagateNan.ALL"
 FLOAT_UNARY = {
     "exp": "tl.exp({0})",
     "exp2": "tl.exp2({0})",
+    "expm1": "tanh(0.5 * {0}) * (tl.exp({0}) + 1.0)",  # exp(x) - 1 loses its digits near 0, tanh does not
     "log": "tl.log({0})",
     "log2": "tl.log2({0})",
     "sqrt": "tl.sqrt({0})",

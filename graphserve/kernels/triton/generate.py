@@ -29,6 +29,7 @@ GENERATORS: dict[str, tuple[str, str]] = {
     "kv_write": ("rope_kv", "rope_kv_write"),
     "kv_write_quant": ("rope_kv", "rope_kv_write"),
     "pointwise": ("pointwise", "pointwise"),
+    "concat": ("concat", "concat"),
     "embedding": ("embedding", "embedding"),
     "gather_rows": ("embedding", "gather_rows"),
     "act_mul": ("activation", "act_mul"),
@@ -66,7 +67,8 @@ def generate(
     """Generate the kernel of one launch.
 
     Args:
-        op: op name, with or without the ``gs.`` prefix; ``gather_rows`` stands for an index_select of rows.
+        op: op name, with or without the ``gs.`` prefix; ``gather_rows`` stands for an index_select of rows, ``concat``
+            for a cat over the last dimension.
         attrs: the op's non-tensor arguments by name.
         args: its tensor arguments in schema order, None for absent ones.
         outputs: its results in order.

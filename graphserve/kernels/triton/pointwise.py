@@ -12,6 +12,7 @@ from typing import Any
 from graphserve.kernels.arg_spec import ArgSpec, Call, Dim, Refused, product, row_layout
 from graphserve.kernels.pointwise_program import Instruction, PointwiseProgram, is_value, literal
 from graphserve.kernels.triton import aten_text
+from graphserve.kernels.triton.addresses import row_scalars, row_start
 from graphserve.kernels.triton.expressions import round_to
 from graphserve.kernels.triton.kernel import FLOAT_DTYPES, TL_DTYPES, KernelText, TritonKernel
 from graphserve.kernels.triton.rows import RowProgram
@@ -50,8 +51,8 @@ def pointwise(call: Call, target: str) -> TritonKernel:
         text.pointer(f"in{i}_ptr", i)
     for i in range(len(call.outputs)):
         text.output(f"out{i}_ptr", i)
-    text.scalar(*rows.scalars)
-    if "tanh" in packets:
+    text.scalar(*row_scalars(rows, [group.view(spec) for spec in inputs]))
+    if "tanh" in packets or "expm1" in packets:
         text.helper(aten_text.TANH_HELPER)
 
     lines = [rows.head]
@@ -70,12 +71,9 @@ def pointwise(call: Call, target: str) -> TritonKernel:
 
 @dataclass(frozen=True)
 class _Group:
-    """The shape that a group's tensors broadcast to. ``is_flat``: each of them has it and is contiguous (or is one
-    number), so that the leading dimensions need not be told apart.
-    """
+    """The shape that a group's tensors broadcast to."""
 
     shape: tuple[Dim, ...]
-    is_flat: bool
 
     @classmethod
     def of(cls, specs: list[ArgSpec]) -> _Group:
@@ -90,8 +88,7 @@ class _Group:
                 shape[axis] = size
         if not isinstance(shape[-1], int):
             raise Refused(f"the last dimension of {shape} must be a constant")
-        whole = tuple(shape)
-        return cls(whole, all(spec.strides is None and spec.shape in (whole, ()) for spec in specs))
+        return cls(tuple(shape))
 
     @property
     def width(self) -> int:
@@ -105,8 +102,10 @@ class _Group:
         return product(self.shape[:-1]), self.width
 
     def view(self, spec: ArgSpec) -> ArgSpec:
-        """``spec`` seen in the group's shape, with stride 0 where it has one element for many."""
-        if self.is_flat and spec.shape:
+        """``spec`` seen in the group's shape, with stride 0 where it has one element for many; a list of rows where
+        the leading dimensions need not be told apart.
+        """
+        if spec.is_contiguous and spec.shape == self.shape:
             return ArgSpec(spec.dtype, self.rows)
         strides: list[Dim] = [0] * (len(self.shape) - len(spec.shape))
         strides += [0 if size == 1 else spec.stride(axis) for axis, size in enumerate(spec.shape)]
@@ -115,12 +114,11 @@ class _Group:
 
 def _load(text: KernelText, rows: RowProgram, name: str, spec: ArgSpec) -> str:
     """Elements of ``spec``, seen in the group's shape: with rows, columns, both or neither."""
-    strides = [spec.stride(axis) for axis in range(len(spec.shape))]
-    has_rows = any(stride != 0 for stride in strides[:-1])
+    has_rows = any(spec.stride(axis) != 0 for axis in range(len(spec.shape) - 1))
     column = spec.int_stride(-1)
     place = [f"{name}_ptr"]
     if has_rows:
-        place.append(text.row_start(name.upper(), spec))
+        place.append(row_start(text, name.upper(), spec))
     if column:
         place.append("column" if column == 1 else f"column * {column}")
     return f"tl.load({' + '.join(place)}{rows.mask_for(has_rows, column != 0)})"
