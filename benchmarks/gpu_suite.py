@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
@@ -35,7 +36,8 @@ from benchmarks.gpu_kernels import measure_kernels
 from benchmarks.gpu_timing import median_us
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TEST_PROCESSES = 6
+# Compiling takes most of the tests' time. A process needs some 3 GB of memory.
+TEST_PROCESSES = max(2, min(12, (os.cpu_count() or 4) - 2))
 _OUTCOME = re.compile(r"^(tests/\S.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 # Options of pyproject.toml that need a plugin or turn a library's warning into an error are left out.
 _PYTEST = [sys.executable, "-m", "pytest", "--override-ini", "filterwarnings=default", "--override-ini",

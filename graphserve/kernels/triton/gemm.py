@@ -40,7 +40,9 @@ col = {col}
 x_at = x + ({x_start})[:, None] + offs_k[None, :]
 w_at = w + ({w_start})[None, :] + offs_k[:, None]
 acc = tl.zeros((BLOCK_M, BLOCK_N), {acc_dtype})
-for k in tl.range(0, {length}, BLOCK_K):
+# No constant, or the assembler would unroll every round: four times the code, and registers that spill.
+end = tl.minimum(rows, 1) * {length}
+for k in tl.range(0, end, BLOCK_K):
     a = tl.load(x_at + k{mask_a})
     b = tl.load(w_at + k{mask_b})
     acc = tl.dot(a, {b}, acc{options})

@@ -186,7 +186,7 @@ def choose_tile(rows: int, n: int, k: int, item: int, target: str, weight_tiles:
     """
     is_hip = target.startswith("hip")
     if rows <= DECODE_ROWS:
-        # Deeper blocks spill on Ampere, where the loop's few rounds are unrolled.
+        # Ampere's smaller shared memory keeps more programs with blocks of half the depth.
         tile = Tile(16, 16 if n < 32 * PROCESSORS[target] else 32, 128 if target == "cuda:80" else 256, 4, 4)
     elif rows <= 32:
         tile = Tile(32, 32 if n < 64 * PROCESSORS[target] else 64, 128, 4, 4)
@@ -206,7 +206,9 @@ def choose_tile(rows: int, n: int, k: int, item: int, target: str, weight_tiles:
             stages -= 1
         else:
             block_k //= 2
-    return Tile(tile.m, block_n, block_k, tile.num_warps, stages)
+    # No more threads than 128-bit loads in a block: they would load less each.
+    loads = max(tile.m, block_n) * block_k * item // 16
+    return Tile(tile.m, block_n, block_k, max(1, min(tile.num_warps, loads // (64 if is_hip else 32))), stages)
 
 
 def choose_block_k(k: int, largest: int, item: int) -> int:

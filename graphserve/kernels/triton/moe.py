@@ -380,4 +380,5 @@ def _sum(experts: _Experts) -> TritonKernel:
     out_start = text.row_start("OUT", experts.call.outputs[0])
     text.scalar(*scalars_in(experts.rows))
     grid = (experts.rows, -(-experts.hidden // block_n), 1)
-    return text.build(_SUM.format(places=places, out_start=out_start), grid, 4, 1, experts.scratch)
+    num_warps = 2 if experts.target.startswith("hip") else 4  # of 64 lanes and 32: 8 elements a thread
+    return text.build(_SUM.format(places=places, out_start=out_start), grid, num_warps, 1, experts.scratch)

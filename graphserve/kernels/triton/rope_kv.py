@@ -43,7 +43,9 @@ class _Branch:
     def __init__(self, text: KernelText, name: str, spec: ArgSpec, columns: HeadColumns) -> None:
         self.text, self.name, self.spec, self.columns = text, name, spec, columns
         heads = spec.int_dim(1)
-        self.height = max(1, min(next_power_of_2(heads), _PROGRAM_ELEMENTS // next_power_of_2(columns.block)))
+        # The members of an interleaved pair come in one load, so half as many elements are a load a thread; more spill.
+        elements = _PROGRAM_ELEMENTS // (2 if columns.rotary and columns.style == "interleaved" else 1)
+        self.height = max(1, min(next_power_of_2(heads), elements // next_power_of_2(columns.block)))
         self.programs = -(-heads // self.height)
         upper = name.upper()
         text.constants(**{f"{upper}_HEADS": heads, f"{upper}_ROWS": self.height, f"{upper}_PROGRAMS": self.programs})

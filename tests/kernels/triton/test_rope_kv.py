@@ -198,6 +198,7 @@ def test_the_source_is_the_golden_one() -> None:
         pytest.param((8, 4), 256, 256, True, "bfloat16", "half", marks=pytest.mark.full),
         pytest.param((32, 32), 80, 32, False, "bfloat16", "half", marks=pytest.mark.full),
         pytest.param((32, 8), 128, 128, False, "bfloat16", "interleaved", marks=pytest.mark.full),
+        pytest.param((48, 8), 128, 128, False, "bfloat16", "interleaved", marks=pytest.mark.full),
     ],
 )
 def test_compiled_kernels_stay_within_budget(
