@@ -10,15 +10,17 @@ from typing import Any
 
 import msgspec
 
-GROUP_DTYPES = frozenset(
-    {"float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"}
-)  # fmt: skip
+GROUP_DTYPES = frozenset({"float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"})
 # ATen packets of one element each; the generators have a form for every one of them.
-GROUP_OPS = frozenset(
-    ["exp", "exp2", "expm1", "log", "log2", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "erf", "tanh", "sigmoid", "silu", "gelu", "floor", "ceil", "neg", "abs", "square", "relu", "mul", "div", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "bitwise_and", "bitwise_or", "bitwise_xor", "add", "sub", "rsub", "pow", "where", "masked_fill", "full_like", "zeros_like", "ones_like", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "bitwise_not", "_to_copy", "clone", "alias", "detach", "contiguous", "to"]
-)
+GROUP_OPS = frozenset((
+    "exp", "exp2", "expm1", "log", "log2", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "erf", "tanh", "sigmoid",
+    "silu", "gelu", "floor", "ceil", "neg", "abs", "square", "relu", "mul", "div", "maximum", "minimum", "clamp",
+    "clamp_min", "clamp_max", "bitwise_and", "bitwise_or", "bitwise_xor", "add", "sub", "rsub", "pow", "where",
+    "masked_fill", "full_like", "zeros_like", "ones_like", "eq", "ne", "lt", "le", "gt", "ge", "logical_and",
+    "logical_or", "logical_not", "bitwise_not", "_to_copy", "clone", "alias", "detach", "contiguous", "to",
+))  # fmt: skip
 # Packets over the last dimension, kept as size 1 or, for softmax, as it is.
-ROW_OPS = frozenset(["sum", "mean", "amax", "amin", "_softmax", "softmax"])
+ROW_OPS = frozenset(("sum", "mean", "amax", "amin", "_softmax", "softmax"))
 
 
 class Instruction(msgspec.Struct, frozen=True, array_like=True):

@@ -3,8 +3,9 @@
     a = x.to(float32); b = a * 0.5; y = softmax(b)      →  y = gs.pointwise([x], "v1 = to(v0) ...")[0]
 
 A group is one op, its sink, and the elementwise ops (and reductions over the last dimension) that feed it, as long as
-whoever else reads one of them comes after the sink; such a value is a further result. Its tensors must broadcast to one
-shape. Exact: each op is computed in fp32 and rounded to the dtype that it has in the model.
+whoever else reads one of them comes after the sink; such a value is a further result. Legal when its tensors broadcast
+to one shape whose last dimension is a constant. Exact: each op is computed in fp32 and rounded to the dtype that it has
+in the model.
 """
 
 from __future__ import annotations

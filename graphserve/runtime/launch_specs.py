@@ -19,7 +19,9 @@ _SAMPLES = (StepSize((13, 7, 3)), StepSize((29, 11, 5)))
 
 
 def op_name(launch: Launch) -> str:
-    """A generator's name of a launch's op, without ``gs.``; ``gather_rows`` for an index_select of rows, ``concat``; else empty."""
+    """A generator's name of a launch's op: a gs op's without ``gs.``, ``gather_rows`` for an index_select of rows,
+    ``concat`` for a cat; empty for any other.
+    """
     namespace, name, _ = launch.op.split(".")
     if namespace == "gs":
         return name

@@ -30,9 +30,11 @@ CONFIGS = {
 # Matches of each pass in one layer. What only rewrites spellings is left out; a pass not named must not match.
 DENSE = {"rms_norm": 2, "linear": 7, "activation": 1, "glu": 1, "rope": 2, "merge_linears": 2, "attention": 1}
 MOE = {"functionalize": 1, "rms_norm": 2, "linear": 5, "rope": 2, "row_reshape": 2, "merge_linears": 1, "attention": 1}
-MOE |= {"route": 1}
-LATENT = DENSE | {"functionalize": 1, "rms_norm": 4, "linear": 8}  # q and kv have a down and an up projection
+MOE |= {"route": 1, "pointwise_groups": 1}  # the router's logits become fp32
+# q and kv have a down and an up projection; q, k and v are brought into the cache's order
+LATENT = DENSE | {"functionalize": 1, "rms_norm": 4, "linear": 8, "pointwise_groups": 3}
 LATENT_MOE = LATENT | {"functionalize": 3, "linear": 9, "row_reshape": 2, "route": 1, "weight_constants": 1}
+LATENT_MOE |= {"pointwise_groups": 5}  # and the router's input, and the sum with the shared expert
 EXPECTED: dict[str, dict[int, dict[str, int]]] = {  # by layer type, in order of first appearance
     "Llama-3.1-8B": {0: DENSE},
     "Qwen3-8B": {0: DENSE | {"rms_norm": 4}},
@@ -155,4 +157,4 @@ def test_mixtral_runs_router_and_experts_as_one_launch_each() -> None:
     built = build("Mixtral-8x7B")
     for layer in range(1, 32):
         # The router's product, its logits widened to fp32, the choice of experts, the experts.
-        assert layer_ops(built, layer) == [*LLAMA_LAYER[:6], "gs.linear", "aten.to.dtype", "gs.route", "gs.moe"]
+        assert layer_ops(built, layer) == [*LLAMA_LAYER[:6], "gs.linear", "gs.pointwise", "gs.route", "gs.moe"]

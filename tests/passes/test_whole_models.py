@@ -22,23 +22,26 @@ EXPECTED: dict[str, dict[str, int]] = {
     "llama:yarn": LLAMA,
     "llama:llama3": LLAMA,
     "qwen3": LLAMA | {"rms_norm": 17},
-    "gemma2": LLAMA | {"rms_norm": 17, "norm_sandwich": 8},
+    "gemma2": LLAMA | {"rms_norm": 17, "norm_sandwich": 8, "pointwise_groups": 2},
     # local and global rotation
-    "gemma3_text": LLAMA | {"rms_norm": 25, "position_tables": 4, "norm_sandwich": 8},
+    "gemma3_text": LLAMA | {"rms_norm": 25, "position_tables": 4, "norm_sandwich": 8, "pointwise_groups": 1},
     "granite": LLAMA,
     "phi3": LINEAR | {"rms_norm": 9, "linear": 17, "activation": 4, "glu": 4, "add_norm": 8},
     "gpt2": {"layer_norm": 9, "linear": 17, "embedding": 2, "activation": 4, "row_reshape": 12, "last_rows": 1,
              "add_norm": 9, "attention": 4},
     "opt": {"layer_norm": 9, "linear": 25, "embedding": 2, "activation": 4, "row_reshape": 20, "last_rows": 1,
-            "merge_linears": 4, "add_norm": 9, "attention": 4},
+            "merge_linears": 4, "add_norm": 9, "attention": 4, "pointwise_groups": 4},
     # each rotation matches twice: the rotated part, then the partial rotary around it
-    "gpt_neox": LINEAR | {"layer_norm": 9, "linear": 17, "activation": 4, "rope": 16, "add_norm": 4},
-    "phi": LINEAR | {"layer_norm": 5, "linear": 25, "activation": 4, "rope": 16, "merge_linears": 4, "add_norm": 4},
+    "gpt_neox": LINEAR | {"layer_norm": 9, "linear": 17, "activation": 4, "rope": 16, "add_norm": 4,
+                          "pointwise_groups": 16},
+    "phi": LINEAR | {"layer_norm": 5, "linear": 25, "activation": 4, "rope": 16, "merge_linears": 4, "add_norm": 4,
+                     "pointwise_groups": 4},
     "glm4": LLAMA | {"rms_norm": 17, "linear": 25, "rope": 16, "merge_linears": 4, "norm_sandwich": 8},
     # norms come before the adds, but for the last one
     "olmo2": LLAMA | {"rms_norm": 17, "add_norm": 1, "norm_sandwich": 8},
     # in the last layer the MLP's linears run on fewer rows than q, k and v: two products there, one in the others
-    "cohere": LINEAR | {"layer_norm": 5, "linear": 29, "activation": 4, "glu": 4, "merge_linears": 5, "add_norm": 4},
+    "cohere": LINEAR | {"layer_norm": 5, "linear": 29, "activation": 4, "glu": 4, "merge_linears": 5, "add_norm": 4,
+                        "pointwise_groups": 5},
     "nemotron": LINEAR | {"layer_norm": 9, "linear": 25, "activation": 8, "rope": 16, "merge_linears": 4,
                           "weight_constants": 9, "add_norm": 8},
     "gpt_oss": LINEAR | {"rms_norm": 9, "linear": 21, "row_reshape": 4, "merge_linears": 4, "add_norm": 8,
@@ -46,10 +49,13 @@ EXPECTED: dict[str, dict[str, int]] = {
     "mixtral": LINEAR | {"functionalize": 4, "rms_norm": 9, "linear": 21, "row_reshape": 4, "merge_linears": 4,
                          "add_norm": 8, "route": 4},
     "deepseek_v3": LINEAR | {"functionalize": 10, "rms_norm": 17, "linear": 36, "activation": 4, "glu": 4,
-                             "row_reshape": 3, "merge_linears": 8, "add_norm": 8, "route": 3},
+                             "row_reshape": 3, "merge_linears": 8, "add_norm": 8, "route": 3, "pointwise_groups": 15},
 }  # fmt: skip
 # The router works in fp32: in bf16 its input and its weight are cast.
-BF16_ONLY = {"deepseek_v3": {"row_reshape": 6, "weight_constants": 3}, "mixtral": {"row_reshape": 8}}
+BF16_ONLY = {
+    "deepseek_v3": {"row_reshape": 6, "weight_constants": 3, "pointwise_groups": 18},
+    "mixtral": {"row_reshape": 8, "pointwise_groups": 4},
+}
 # One of each kind of graph by default; the others differ from these in what EXPECTED shows and in little else.
 DEFAULT = ("llama", "gemma3_text", "phi3", "gpt2", "opt", "cohere", "glm4", "gpt_oss", "deepseek_v3")
 UNCOUNTED = {"canonical_forms", "no_ops", "common_subexpressions"}

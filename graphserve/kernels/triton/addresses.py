@@ -1,4 +1,4 @@
-"""Where rows of a tensor start, however its leading dimensions lie in memory: transposed, expanded, cut from another."""
+"""Where rows of a tensor start, however its leading dimensions lie in memory (transposed, expanded, cut out)."""
 
 from __future__ import annotations
 

@@ -36,9 +36,10 @@ def concat(call: Call, target: str) -> TritonKernel:
         end = start + spec.int_dim(-1)
         text.constants(**{f"START{i}": start, f"END{i}": end})
         inside = f"(column >= START{i}) & (column < END{i}){' & mask' if rows.is_masked else ''}"
+        place = f"in{i}_ptr + {row_start(text, f'IN{i}', spec)} + (column - START{i})"
         lines += [
             f"inside = {inside}",
-            f"part = tl.load(in{i}_ptr + {row_start(text, f'IN{i}', spec)} + (column - START{i}), mask=inside, other=0)",
+            f"part = tl.load({place}, mask=inside, other=0)",
             "tl.store(out + column, part, mask=inside)",
         ]
         start = end
