@@ -15,6 +15,7 @@ from graphserve.config import EngineConfig
 from graphserve.errors import ConfigError
 from graphserve.kernels.triton.kernel import TARGETS
 from graphserve.models.hub import resolve_config
+from graphserve.plan.arena import launch_inputs
 from graphserve.plan.schema import Launch, Plan
 from graphserve.runtime.cpp_backend import KernelPlan, lower_to_cpp
 from graphserve.runtime.kv_cache import KVCache
@@ -77,8 +78,9 @@ def describe(
     """The report as plain data.
 
     Keys: ``model``, ``target``, ``layers`` (types and how many of each), ``passes`` (name, tier, matches, matches per
-    layer, refusals), ``launches_per_layer`` (maximum over layers), ``launches`` (by kind and op), ``leftovers``
-    (launches that run eagerly, with the reason), ``step`` (bytes, operations and, for a GPU, the least time of a
+    layer, refusals), ``launches_per_layer`` (maximum over layers; on a GPU each kernel counts, a reduce after split
+    keys does not), ``launches`` (by kind and op), ``launch_lists`` (each launch of the first layer of each type, and
+    under layer None those outside of layers), ``leftovers`` (launches that run eagerly, with the reason), ``step`` (bytes, operations and, for a GPU, the least time of a
     decode step), ``cache_groups``, ``weight_bytes``, ``kv_bytes_per_token``, ``notes``.
     """
     plan = built.plan
@@ -86,7 +88,8 @@ def describe(
     lowered, sources = _lower_for(plan, cache, target)
     costs = launch_costs(plan, cache, step)
     indexed = [(i, x) for i, x in enumerate(lowered.plan.launches) if x.kind != "view"]
-    per_layer = Counter(x.layer for _, x in indexed if x.layer is not None)
+    per_layer = _launches_per_layer(lowered)
+    described = [(x.layer, _describe_launch(x, costs[i], _num_kernels(lowered, i), target, device)) for i, x in indexed]
     types = Counter(built.stack.types) if built.stack is not None else Counter()
     leftovers: dict[tuple[str, str], int] = Counter()
     for index, reason in lowered.refusals.items():
@@ -106,7 +109,10 @@ def describe(
         "passes": [_describe_pass(report) for report in plan.passes],
         "launches_per_layer": max(per_layer.values(), default=len(indexed)),
         "launches": dict(Counter(f"{x.kind} {x.op}" for _, x in indexed)),
-        "layer_launches": [_describe_launch(x, costs[i], target, device) for i, x in indexed if x.layer == 0],
+        "launch_lists": [
+            {"layer": layer, "launches": [launch for at, launch in described if at == layer]}
+            for layer in (*_first_of_each_type(built), None)
+        ],
         "leftovers": [{"op": op, "reason": reason, "count": count} for (op, reason), count in leftovers.items()],
         "num_kernels": len(sources),
         "step": _describe_step([c for c in costs if c is not None], step, target, device),
@@ -161,7 +167,27 @@ def _describe_pass(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe_launch(launch: Launch, cost: Cost | None, target: str, device: Device) -> dict[str, Any]:
+def _launches_per_layer(lowered: KernelPlan | TritonPlan) -> dict[int, int]:
+    if isinstance(lowered, TritonPlan):
+        return lowered.launches_per_layer()
+    return dict(Counter(x.layer for x in lowered.plan.launches if x.kind != "view" and x.layer is not None))
+
+
+def _num_kernels(lowered: KernelPlan | TritonPlan, index: int) -> int:
+    """Kernels that one launch starts."""
+    return len(lowered.kernels.get(index, [None])) if isinstance(lowered, TritonPlan) else 1
+
+
+def _first_of_each_type(built: BuildResult) -> list[int]:
+    if built.stack is None:
+        return sorted({x.layer for x in built.plan.launches if x.layer is not None})[:1]
+    types = built.stack.types
+    return [types.index(t) for t in dict.fromkeys(types)]
+
+
+def _describe_launch(
+    launch: Launch, cost: Cost | None, num_kernels: int, target: str, device: Device
+) -> dict[str, Any]:
     assert cost is not None
     limit = {} if target == "cpu" else {"least_us": round(cost.seconds(device) * 1e6, 3)}
     return {
@@ -171,7 +197,8 @@ def _describe_launch(launch: Launch, cost: Cost | None, target: str, device: Dev
         "op": launch.op,
         "kind": launch.kind,
         "kernel": launch.kernel,
-        "reads": [a["v"] for a in launch.args if isinstance(a, dict) and "v" in a],
+        "num_kernels": num_kernels,
+        "reads": list(launch_inputs(launch)),
         "writes": [o for o in launch.outputs if o is not None],
         "sources": list(launch.sources),
     }
@@ -197,13 +224,11 @@ def as_text(report: dict[str, Any]) -> str:
             more = f" and {len(at) - _SHOWN_REFUSALS} more" if len(at) > _SHOWN_REFUSALS else ""
             lines.append(f"      {refusal['reason']}")
             lines.append(f"        at {', '.join(at[:_SHOWN_REFUSALS])}{more}")
-    lines += ["", f"launches per layer: {report['launches_per_layer']}; layer 0:"]
-    lines.append(f"  {'kind':<10}{'op':<22}{'KiB':>10}{'MFLOP':>10}  reads")
-    for launch in report["layer_launches"]:
-        size = f"{launch['bytes'] / 1024:>10,.0f}{launch['flops'] / 1e6:>10,.1f}"
-        lines.append(
-            f"  {launch['kind']:<10}{launch['op'].removesuffix('.default'):<22}{size}  {', '.join(launch['reads'])}"
-        )
+    lines += ["", f"launches per layer: at most {report['launches_per_layer']}"]
+    for item in report["launch_lists"]:
+        lines.append("outside of layers" if item["layer"] is None else f"layer {item['layer']}")
+        lines.append(f"  {'kind':<10}{'op':<24}{'kernels':>7}{'KiB':>10}{'MFLOP':>10}{'least us':>10}  reads")
+        lines += map(_launch_line, item["launches"])
     step = report["step"]
     least = f"; at the limits of {step['device']} at least {step['least_ms']} ms" if "device" in step else ""
     lines.append(
@@ -224,6 +249,12 @@ def as_text(report: dict[str, Any]) -> str:
     total = sum(report["seconds"].values())
     lines += ["", f"compiled in {total:.1f} s: " + ", ".join(f"{k} {v:.2f} s" for k, v in report["seconds"].items())]
     return "\n".join(lines)
+
+
+def _launch_line(launch: dict[str, Any]) -> str:
+    least = f"{launch['least_us']:,.2f}" if "least_us" in launch else ""
+    size = f"{launch['num_kernels']:>7}{launch['bytes'] / 1024:>10,.0f}{launch['flops'] / 1e6:>10,.1f}{least:>10}"
+    return f"  {launch['kind']:<10}{launch['op'].removesuffix('.default'):<24}{size}  {', '.join(launch['reads'])}"
 
 
 def _verification_lines(verification: dict[str, Any] | None) -> list[str]:
