@@ -185,6 +185,8 @@ def make_step_input(
         block_tables=[np.ascontiguousarray(table, dtype=np.int32) for table in block_tables],
         slot_mappings=[np.array(slots, dtype=np.int64) for slots in slot_mappings],
         logits_indices=np.array(logits_indices, dtype=np.int64),
+        token_lanes=np.zeros(len(input_ids), dtype=np.int32),
+        row_lanes=np.zeros(len(logits_indices), dtype=np.int32),
         sampling=SamplingInput(num_rows=0),
         num_tokens=query_start_loc[-1],
         num_sequences=sum(length > 0 for length in seq_lens),

@@ -61,6 +61,8 @@ def decode_step(batch: int, context: int, num_blocks: int) -> tuple[StepInput, f
         block_tables=[table],
         slot_mappings=[slots],
         logits_indices=np.arange(batch, dtype=np.int64),
+        token_lanes=np.zeros(tokens, dtype=np.int32),
+        row_lanes=np.zeros(batch, dtype=np.int32),
         sampling=SamplingInput(num_rows=0),
         num_tokens=batch,
         num_sequences=batch,

@@ -125,6 +125,8 @@ class _Batch:
             block_tables=[self.table] * num_groups,
             slot_mappings=[self.slots] * num_groups,
             logits_indices=np.arange(total, dtype=np.int64),
+            token_lanes=np.zeros(total, dtype=np.int32),
+            row_lanes=np.zeros(total, dtype=np.int32),
             sampling=SamplingInput(num_rows=0),
             num_tokens=total,
             num_sequences=len(self.lengths),

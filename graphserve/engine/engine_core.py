@@ -71,7 +71,8 @@ class EngineCore:
         self._pool = BlockPool(num_blocks)
         self._kv = KVCacheManager(executor.cache_groups, self._pool, block_size)
         self.scheduler = Scheduler(limits, self._kv)
-        self._builder = StepBuilder(len(executor.cache_groups), block_size, Buckets(limits.max_num_seqs, pad_steps))
+        buckets = Buckets(limits.max_num_seqs, pad_steps)
+        self._builder = StepBuilder(len(executor.cache_groups), block_size, buckets, limits.max_num_seqs)
         self._requests: dict[str, Request] = {}
         self._num_arrivals = 0
         self._stats = EngineCoreStats(num_blocks=num_blocks)

@@ -12,11 +12,12 @@ from graphserve.runtime.step_input import StepInput, StepOutput
 
 
 class StepSizes(msgspec.Struct, frozen=True):
-    """Tokens, logits rows and sequences of a step, padding included."""
+    """Tokens, logits rows and sequences of a step, padding included; and lanes, the dead one not included."""
 
     num_tokens: int
     num_rows: int
     num_seqs: int
+    num_lanes: int
 
 
 class Executor(Protocol):

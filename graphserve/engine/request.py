@@ -70,6 +70,7 @@ class Request:
         "arrival",
         "block_tables",
         "core_request",
+        "lane",
         "num_computed_tokens",
         "num_known_prompt_logprobs",
         "num_preemptions",
@@ -94,6 +95,7 @@ class Request:
         self.num_known_prompt_logprobs = 0  # prompt positions 1.. whose log-probabilities were already reported
         self.num_preemptions = 0
         self.status = RequestStatus.WAITING
+        self.lane: int | None = None  # owned from the first step on, see StepInput
         # Owned by the KV cache manager: one table a cache group, and how many leading entries of it are null.
         self.block_tables: list[array[int]] = []
         self.num_retired_blocks: list[int] = []

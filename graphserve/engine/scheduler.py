@@ -77,6 +77,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.num_preemptions = 0
+        self._free_lanes = list(reversed(range(limits.max_num_seqs)))
 
     def add(self, request: Request) -> None:
         """Queue a new request, which must have arrived after all others."""
@@ -88,7 +89,7 @@ class Scheduler:
             self.running.remove(request)
         elif request.status is not RequestStatus.FINISHED:
             self.waiting.remove(request)
-        self.kv.free(request)
+        self._release(request)
         request.status = RequestStatus.FINISHED
 
     def has_unfinished_requests(self) -> bool:
@@ -154,18 +155,25 @@ class Scheduler:
                 break
             self.waiting.popleft()
             request.status = RequestStatus.RUNNING
+            request.lane = self._free_lanes.pop()
             self.running.append(request)
             step.add(request, num_tokens)
 
     def _preempt(self, request: Request) -> None:
         assert self.running[-1] is request
         self.running.pop()
-        self.kv.free(request)
+        self._release(request)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         request.status = RequestStatus.PREEMPTED
         self.waiting.appendleft(request)
         self.num_preemptions += 1
+
+    def _release(self, request: Request) -> None:
+        self.kv.free(request)
+        if request.lane is not None:
+            self._free_lanes.append(request.lane)
+            request.lane = None
 
 
 class _StepInProgress:

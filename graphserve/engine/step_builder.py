@@ -29,12 +29,14 @@ class StepBuilder:
         num_groups: cache groups of the plan.
         block_size: tokens a block.
         buckets: sizes to pad to.
+        num_lanes: lanes of the device, without the dead one.
     """
 
-    def __init__(self, num_groups: int, block_size: int, buckets: Buckets) -> None:
+    def __init__(self, num_groups: int, block_size: int, buckets: Buckets, num_lanes: int) -> None:
         self._num_groups = num_groups
         self._block_size = block_size
         self._buckets = buckets
+        self._dead_lane = num_lanes
 
     def largest_step(self, limits: SchedulerLimits) -> StepSizes:
         """Bounds of the arrays that :meth:`build` makes within ``limits``."""
@@ -43,6 +45,7 @@ class StepBuilder:
             num_tokens=max(num_seqs, self._buckets.tokens(limits.max_num_batched_tokens)),
             num_rows=max(num_seqs, self._buckets.rows(limits.max_logits_rows)),
             num_seqs=num_seqs,
+            num_lanes=self._dead_lane,
         )
 
     def build(self, scheduled: Sequence[ScheduledRequest]) -> StepInput:
@@ -57,6 +60,7 @@ class StepBuilder:
         positions = np.zeros(padded_tokens, np.int64)
         query_start_loc = np.full(padded_sequences + 1, num_tokens, np.int32)
         seq_lens = np.zeros(padded_sequences, np.int32)
+        token_lanes = np.full(padded_tokens, self._dead_lane, np.int32)
         token = 0
         for index, item in enumerate(scheduled):
             query_start_loc[index] = token
@@ -72,13 +76,15 @@ class StepBuilder:
         block_tables = [self._block_table(scheduled, g, padded_sequences) for g in range(self._num_groups)]
         sequence_of_token = np.repeat(np.arange(num_sequences), [item.num_tokens for item in scheduled])
         slot_mappings = [self._slots(table, sequence_of_token, positions) for table in block_tables]
-        sampling, logits_rows = self._sampling(scheduled, query_start_loc)
+        sampling, logits_rows, lanes = self._sampling(scheduled, query_start_loc)
         # Steps without prompt log-probabilities have one row a sequence, so that the shape depends on one count only.
         padded_rows = max(padded_sequences, self._buckets.rows(len(logits_rows)))
         if not self._buckets.is_enabled:
             padded_rows = max(1, len(logits_rows))
         logits_indices = np.zeros(padded_rows, np.int64)
         logits_indices[: len(logits_rows)] = logits_rows
+        row_lanes = np.full(padded_rows, self._dead_lane, np.int32)
+        row_lanes[: len(lanes)] = lanes
         return StepInput(
             input_ids=input_ids,
             positions=positions,
@@ -87,6 +93,8 @@ class StepBuilder:
             block_tables=block_tables,
             slot_mappings=slot_mappings,
             logits_indices=logits_indices,
+            token_lanes=token_lanes,
+            row_lanes=row_lanes,
             sampling=sampling,
             num_tokens=num_tokens,
             num_sequences=num_sequences,
@@ -111,10 +119,11 @@ class StepBuilder:
 
     def _sampling(
         self, scheduled: Sequence[ScheduledRequest], query_start_loc: Int32Array
-    ) -> tuple[SamplingInput, list[int]]:
-        """Sampling arrays, and the token indices of the logits rows (without padding)."""
+    ) -> tuple[SamplingInput, list[int], list[int]]:
+        """Sampling arrays, token indices of the logits rows (without padding), lanes of the sampled ones."""
         sampled = [(index, item.request) for index, item in enumerate(scheduled) if item.samples]
         rows = [int(query_start_loc[index + 1]) - 1 for index, _ in sampled]
+        lanes = [_lane(request) for _, request in sampled]
         sampling = _sampling_input([request for _, request in sampled])
         for index, item in enumerate(scheduled):
             request = item.request
@@ -130,7 +139,12 @@ class StepBuilder:
                 )
                 offset = int(query_start_loc[index]) - item.start
                 rows.extend(range(offset + first, offset + last))
-        return sampling, rows
+        return sampling, rows, lanes
+
+
+def _lane(request: Request) -> int:
+    assert request.lane is not None, "a request in a step owns a lane"
+    return request.lane
 
 
 def _sampling_input(requests: Sequence[Request]) -> SamplingInput:

@@ -18,6 +18,7 @@ Float32Array = npt.NDArray[np.float32]
 
 ALL_LOGPROBS = -1
 NO_LOGPROBS = -2
+CARRIED = -1  # input id of a token that the host does not know yet: the one sampled last for the token's lane
 INVALID_TOKEN = -1  # sampled "token" of a row whose logits allow none: NaN, or every token suppressed
 
 
@@ -98,14 +99,20 @@ class StepInput(msgspec.Struct):
     Padding tokens have position 0, a slot in the null block, and lie beyond ``query_start_loc[-1]``. Padding sequences
     have query length 0 and ``seq_lens`` 0. Padding logits rows point at token 0. ``R >= 1`` always.
 
+    Each running request owns a lane, ``0 .. max_num_seqs - 1``; lane ``max_num_seqs`` is dead: nobody reads what is
+    written there. A step made outside an engine has no lanes, so that its dead lane is 0.
+
     Attributes:
-        input_ids: int64 [T].
+        input_ids: int64 [T]; ``CARRIED`` where the token is the last one sampled for lane ``token_lanes[t]``. A row
+            whose logits allowed no token carries id 0: its request ends before anything of it is used.
         positions: int64 [T].
         query_start_loc: int32 [S + 1], where each sequence's tokens begin.
         seq_lens: int32 [S], context length after this step.
         block_tables: per cache group, int32 [S, B]; unused places hold the null block.
         slot_mappings: per cache group, int64 [T], ``block * block_size + offset``.
         logits_indices: int64 [R], token indices whose logits are computed.
+        token_lanes: int32 [T], dead where the id is given.
+        row_lanes: int32 [R], lane of a row's sample; dead for rows of prompt log-probabilities and padding.
         num_tokens, num_sequences, num_logits_rows: counts without padding.
     """
 
@@ -116,6 +123,8 @@ class StepInput(msgspec.Struct):
     block_tables: list[Int32Array]
     slot_mappings: list[Int64Array]
     logits_indices: Int64Array
+    token_lanes: Int32Array
+    row_lanes: Int32Array
     sampling: SamplingInput
     num_tokens: int
     num_sequences: int
