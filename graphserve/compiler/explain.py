@@ -80,8 +80,9 @@ def describe(
     Keys: ``model``, ``target``, ``layers`` (types and how many of each), ``passes`` (name, tier, matches, matches per
     layer, refusals), ``launches_per_layer`` (maximum over layers; on a GPU each kernel counts, a reduce after split
     keys does not), ``launches`` (by kind and op), ``launch_lists`` (each launch of the first layer of each type, and
-    under layer None those outside of layers), ``leftovers`` (launches that run eagerly, with the reason), ``step`` (bytes, operations and, for a GPU, the least time of a
-    decode step), ``cache_groups``, ``weight_bytes``, ``kv_bytes_per_token``, ``notes``.
+    under layer None those outside of layers), ``leftovers`` (launches that run eagerly, with the reason), ``step``
+    (bytes, operations and, for a GPU, the least time of a decode step), ``cache_groups``, ``weight_bytes``,
+    ``kv_bytes_per_token``, ``notes``.
     """
     plan = built.plan
     cache = KVCache(plan, 2, block_size, torch.device("meta"))

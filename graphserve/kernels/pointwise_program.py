@@ -6,6 +6,7 @@ Values are numbered: the group's inputs first, then one for each instruction. Ar
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import msgspec
@@ -58,6 +59,7 @@ class PointwiseProgram(msgspec.Struct, frozen=True):
         return msgspec.json.encode(self).decode()
 
     @classmethod
+    @functools.lru_cache(maxsize=1024)  # an eager launch reads its program in every step
     def decode(cls, text: str) -> PointwiseProgram:
         """Read what :meth:`encode` wrote.
 
