@@ -14,7 +14,7 @@ from graphserve import plugins
 
 FAMILIES = (
     "norm", "linear", "activation", "rope", "kv_cache", "attention", "moe", "embedding",
-    "quantize", "sampling", "quantized_linear", "route", "pointwise",
+    "quantize", "sampling", "quantized_linear", "route", "pointwise", "step",
 )  # fmt: skip
 
 

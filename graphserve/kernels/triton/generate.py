@@ -49,6 +49,8 @@ GENERATORS: dict[str, tuple[str, str]] = {
     "sample_tokens": ("sampler_draw", "sample_tokens"),
     "greedy_tokens": ("sampler_draw", "greedy_tokens"),
     "top_logprobs": ("sampler_logprobs", "top_logprobs"),
+    "step_prologue": ("step", "step_prologue"),
+    "step_epilogue": ("step", "step_epilogue"),
 }
 
 
