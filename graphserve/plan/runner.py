@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -95,6 +96,39 @@ def run_once(launches: list[Launch], tensors: dict[str, Any], num_tokens: int, d
         tensors.update((n, r) for n, r in zip(launch.outputs, results, strict=True) if n is not None)
 
 
+class Arena:
+    """Memory of plans' buffers. Plans that never run at the same time share one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.memory = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Make room for so many bytes; what grows moves and loses its contents."""
+        if num_bytes > self.memory.numel():
+            self.release()  # free the old one first
+            self.memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.memory = torch.empty(0, dtype=torch.uint8, device=self._device)
+
+
+@dataclass(frozen=True)
+class BoundPlan:
+    """A plan's launches for one step size.
+
+    Attributes:
+        launches: every launch that does work and its action, in order; actions are not merged.
+        tensors: all values by name.
+        outputs: the plan's outputs.
+    """
+
+    launches: list[tuple[Launch, Action]]
+    tensors: dict[str, Any]
+    outputs: tuple[torch.Tensor, ...]
+
+
 class PlanRunner:
     """Executes a plan on one device.
 
@@ -104,8 +138,10 @@ class PlanRunner:
         inputs: value name → tensor whose first ``T`` (or ``R``, ``S``) entries are the step's. See ``view_input``.
         view_input: cuts a step's part out of an input tensor: (name, tensor, size) → tensor.
         binders: by launch kind.
+        arena: where buffers live, one of its own by default.
 
-    Invariant: buffers stay where they are until ``reserve`` is called with a larger size.
+    Invariant: buffers stay where they are until ``reserve`` is called with a larger size, here or on another runner
+    of the same arena.
     """
 
     def __init__(
@@ -116,6 +152,7 @@ class PlanRunner:
         view_input: Callable[[str, torch.Tensor, StepSize], torch.Tensor],
         device: torch.device,
         binders: dict[str, Binder] | None = None,
+        arena: Arena | None = None,
     ) -> None:
         self.plan = plan
         self.weights = weights
@@ -123,14 +160,15 @@ class PlanRunner:
         self.device = device
         self._view_input = view_input
         self._binders = binders or {}
-        self._arena = torch.empty(0, dtype=torch.uint8, device=device)
+        self._arena = arena or Arena(device)
+        self._bound_memory = self._arena.memory  # what the bindings point into
         self._offsets: dict[str, int] = {}
         self._capacity = (0, 0)
         self._bindings: OrderedDict[StepSize, tuple[list[Action], tuple[torch.Tensor, ...]]] = OrderedDict()
 
     @property
     def arena_bytes(self) -> int:
-        return self._arena.numel()
+        return self._arena.memory.numel()
 
     def reserve(self, max_tokens: int, max_rows: int) -> None:
         """Make room for steps of this size. Moves every buffer if it must grow; bindings are then made anew."""
@@ -139,14 +177,15 @@ class PlanRunner:
         self._capacity = (max(max_tokens, self._capacity[0]), max(max_rows, self._capacity[1]))
         self._bindings.clear()
         placed = layout(self.plan, *self._capacity)
-        self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)  # free the old one first
-        self._arena = torch.zeros(placed.num_bytes, dtype=torch.uint8, device=self.device)
+        self._bound_memory = torch.empty(0)  # no second reference while the arena grows
+        self._arena.reserve(placed.num_bytes)
         self._offsets = placed.offsets
 
     def release(self) -> None:
         """Give back the arena and all references to weights and inputs."""
         self._bindings.clear()
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._bound_memory = torch.empty(0)
+        self._arena.release()
         self._capacity = (0, 0)
         self.weights.clear()
         self.inputs.clear()
@@ -163,10 +202,15 @@ class PlanRunner:
 
     def run(self, size: StepSize) -> tuple[torch.Tensor, ...]:
         """Execute one step whose inputs are already in place. The next step overwrites the outputs it returns."""
+        if self._bound_memory is not self._arena.memory:
+            self._bindings.clear()
         bound = self._bindings.get(size)
         if bound is None:
-            self.reserve(size.num_tokens, size.num_rows)
-            bound = self._bind(size)
+            fresh = self.bind(size)
+            actions = [action for _, action in fresh.launches]
+            for binder in self._binders.values():
+                actions = binder.finish(actions, size)
+            bound = actions, fresh.outputs
             self._bindings[size] = bound
             if len(self._bindings) > _MAX_BINDINGS:
                 self._bindings.popitem(last=False)
@@ -185,13 +229,16 @@ class PlanRunner:
         for dim in shape:
             count *= dim
         offset = self._offsets[name]
-        return self._arena[offset : offset + count].view(dtype).view(shape)
+        return self._arena.memory[offset : offset + count].view(dtype).view(shape)
 
-    def _bind(self, size: StepSize) -> tuple[list[Action], tuple[torch.Tensor, ...]]:
+    def bind(self, size: StepSize) -> BoundPlan:
+        """The launches of a step size, each with its action."""
+        self.reserve(size.num_tokens, size.num_rows)
+        self._bound_memory = self._arena.memory
         tensors: dict[str, Any] = dict(self.weights)
         for name, tensor in self.inputs.items():
             tensors[name] = self._view_input(name, tensor, size)
-        actions: list[Action] = []
+        launches: list[tuple[Launch, Action]] = []
         for launch in self.plan.launches:
             if launch.kind == "view":
                 run_view(launch, tensors, size, self.device)
@@ -201,10 +248,8 @@ class PlanRunner:
                     tensors[output] = self._buffer(output, size)
             binder = self._binders.get(launch.kind)
             action = binder.bind(launch, self, tensors, size) if binder is not None else None
-            actions.append(action or self._bind_reference(launch, tensors, size))
-        for binder in self._binders.values():
-            actions = binder.finish(actions, size)
-        return actions, tuple(tensors[name] for name in self.plan.outputs)
+            launches.append((launch, action or self._bind_reference(launch, tensors, size)))
+        return BoundPlan(launches, tensors, tuple(tensors[name] for name in self.plan.outputs))
 
     def _bind_reference(self, launch: Launch, tensors: Mapping[str, Any], size: StepSize) -> Action:
         function = resolve_op(launch.op)
