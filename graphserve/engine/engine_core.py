@@ -1,17 +1,18 @@
-"""The step loop: schedule, build the step input, execute, update."""
+"""The step loop: schedule, build the step input, submit, retire."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 
 import msgspec
 
 from graphserve.engine.block_pool import BlockPool
-from graphserve.engine.executor import Executor
+from graphserve.engine.executor import Executor, StepHandle
 from graphserve.engine.kv_cache_manager import KVCacheManager
-from graphserve.engine.request import EngineCoreOutput, EngineCoreRequest, Request
+from graphserve.engine.request import EngineCoreOutput, EngineCoreRequest, Request, RequestStatus
 from graphserve.engine.scheduler import ScheduledRequest, Scheduler, SchedulerLimits
 from graphserve.engine.step_builder import StepBuilder
 from graphserve.errors import RequestError
@@ -22,7 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class EngineCoreStats(msgspec.Struct):
-    """A snapshot. ``*_total`` only grow; ``last_step_s`` is in seconds."""
+    """A snapshot. ``*_total`` only grow; ``last_step_s`` is in seconds.
+
+    ``num_sync_steps_total`` counts the steps that waited for the end of the one before, because a row's sampling reads
+    its tokens or because blocks lacked; ``num_variant_steps_total`` the steps by variant of the captured step.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -32,6 +37,8 @@ class EngineCoreStats(msgspec.Struct):
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
     num_steps_total: int = 0
+    num_sync_steps_total: int = 0
+    num_variant_steps_total: dict[str, int] = {}
     num_padding_tokens_total: int = 0
     last_step_s: float = 0.0
 
@@ -45,8 +52,9 @@ class EngineCore:
     """Runs requests to their end, many at a time, one step a call.
 
     Invariant: after every :meth:`step` each known request is queued, running or gone, and one that is gone holds no
-    block. The failure of one request ends that request only; an exception of the executor goes through to the caller,
-    after which the core must not be used.
+    block that no step in flight writes to; when no request is left, no step is in flight. The failure of one request
+    ends that request only; an exception of the executor goes through to the caller, after which only :meth:`close` may
+    be called.
 
     Args:
         executor: computes steps; its KV cache is made here.
@@ -73,6 +81,7 @@ class EngineCore:
         self.scheduler = Scheduler(limits, self._kv)
         buckets = Buckets(limits.max_num_seqs, pad_steps)
         self._builder = StepBuilder(len(executor.cache_groups), block_size, buckets, limits.max_num_seqs)
+        self._handles: deque[StepHandle] = deque()  # of the scheduler's steps in flight
         self._requests: dict[str, Request] = {}
         self._num_arrivals = 0
         self._stats = EngineCoreStats(num_blocks=num_blocks)
@@ -100,26 +109,37 @@ class EngineCore:
         self.scheduler.add(request)
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """End requests without further output; ids that are unknown or ended are ignored."""
+        """End requests without further output; ids that are unknown or ended are ignored.
+
+        If none is left, this waits for the steps in flight.
+        """
         for request_id in request_ids:
             request = self._requests.pop(request_id, None)
             if request is not None:
                 self.scheduler.finish(request)
+        self._settle()
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)
 
     def step(self) -> list[EngineCoreOutput]:
-        """Compute one step; outputs of the requests that got a token, prompt log-probabilities, or an end."""
+        """Submit one step, and retire the oldest once as many are in flight as may be.
+
+        Returns:
+            Outputs of the requests that got a token, prompt log-probabilities, or an end.
+        """
         begin = self._clock()
         schedule = self.scheduler.schedule()
         outputs = [self._exhausted(request) for request in schedule.exhausted]
+        self._stats.num_sync_steps_total += schedule.must_wait
         if schedule.scheduled:
             step_input = self._builder.build(schedule.scheduled)
-            step_output = self._executor.execute(step_input)
-            outputs.extend(self._update(schedule.scheduled, step_output))
+            self._handles.append(self._executor.submit(step_input))
             self._stats.num_steps_total += 1
             self._stats.num_padding_tokens_total += len(step_input.input_ids) - step_input.num_tokens
+        if self._handles and (not schedule.scheduled or len(self._handles) >= self._executor.max_in_flight):
+            outputs.extend(self._retire_step())
+        self._settle()
         self._stats.last_step_s = self._clock() - begin
         return outputs
 
@@ -131,22 +151,36 @@ class EngineCore:
             num_waiting=len(self.scheduler.waiting),
             num_blocks_in_use=self._pool.num_in_use,
             num_preemptions_total=self.scheduler.num_preemptions,
+            num_variant_steps_total=dict(self._executor.num_variant_steps),
         )
 
     def close(self) -> None:
-        """End all requests and give the executor's memory back."""
-        self.abort(list(self._requests))
+        """End all requests and give the executor's memory back. Also right after an exception of the executor."""
+        for request in self._requests.values():
+            self.scheduler.finish(request)
+        self._requests.clear()
         self._executor.close()
+        self._handles.clear()
+        while self.scheduler.num_steps_in_flight:
+            self.scheduler.retire()
 
-    def _update(self, scheduled: list[ScheduledRequest], step_output: StepOutput) -> list[EngineCoreOutput]:
-        """Take in a finished step. Rows of sampled tokens are in the order of the requests that sample."""
+    def _settle(self) -> None:
+        """If no request is left, wait for the steps in flight: all of their rows ended late, and hold blocks."""
+        while self._handles and not self._requests:
+            self._retire_step()
+
+    def _retire_step(self) -> list[EngineCoreOutput]:
+        """Wait for the oldest step and take it in. Rows of sampled tokens are in the order of the parts that sample."""
+        step_output = self._handles.popleft().result()
         outputs = []
         row = 0
-        for index, item in enumerate(scheduled):
+        for index, item in enumerate(self.scheduler.retire()):
             sampled_row = None
             if item.samples:
                 sampled_row = row
                 row += 1
+            if item.request.status is RequestStatus.FINISHED:
+                continue  # it ended after this step had been submitted: nobody may see what came of it
             try:
                 output = self._retire(item, index, sampled_row, step_output)
             except Exception as error:  # one request's fault must not end the others
@@ -162,8 +196,6 @@ class EngineCore:
         request = item.request
         if item.start < request.num_prompt_tokens and not request.num_output_tokens:
             self._stats.prompt_tokens_total += item.num_tokens
-        request.num_computed_tokens = item.end
-        self._kv.retire(request)
         prompt_logprobs = step_output.prompt_logprobs.get(index)
         if prompt_logprobs is not None:
             request.num_known_prompt_logprobs += len(prompt_logprobs)

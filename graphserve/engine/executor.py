@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -20,6 +20,13 @@ class StepSizes(msgspec.Struct, frozen=True):
     num_lanes: int
 
 
+class StepHandle(Protocol):
+    """A step that was submitted."""
+
+    def result(self) -> StepOutput:
+        """Wait for the step's end. Called once, in the order of submission."""
+
+
 class Executor(Protocol):
     """Computes steps. One implementation drives one device; others may drive several.
 
@@ -27,17 +34,27 @@ class Executor(Protocol):
         vocab_size: number of logits a row.
         cache_groups: the plan's groups, in the order of ``StepInput.block_tables``.
         kv_bytes_per_token: KV cache bytes of one token place of a block, over all pool tensors.
+        max_in_flight: how many steps may be submitted before the result of the first is taken; 1 is synchronous.
+        num_variant_steps: steps so far by variant of the captured step; empty if there are no variants.
     """
 
     vocab_size: int
     cache_groups: Sequence[CacheGroup]
     kv_bytes_per_token: int
+    max_in_flight: int
+    num_variant_steps: Mapping[str, int]
 
     def allocate(self, num_blocks: int, block_size: int, largest_step: StepSizes) -> None:
         """Make the KV pool and room for the largest step; called once, before the first step."""
 
-    def execute(self, step_input: StepInput) -> StepOutput:
-        """Run the model on one step and sample. An exception ends the engine: the KV cache may be half written."""
+    def submit(self, step_input: StepInput) -> StepHandle:
+        """Begin to run the model on one step and to sample. Steps run one after the other, in this order.
+
+        An exception, here or from the handle, ends the engine: the KV cache may be half written.
+        """
 
     def close(self) -> None:
-        """Give weights, KV pool and buffers back. The executor cannot be used afterwards."""
+        """Wait for submitted steps, whose results are lost, and give weights, KV pool and buffers back.
+
+        The executor cannot be used afterwards. A step that fails, or has failed, raises nothing here.
+        """

@@ -29,8 +29,9 @@ def first_visible_token(group: CacheGroup, position: int) -> int:
 class KVCacheManager:
     """Gives blocks to requests and takes them back.
 
-    Invariant: a request's table in each group is either empty or covers its first ``num_computed_tokens`` tokens, and
-    every entry is null (no later query sees that block) or a block whose only use is this entry.
+    Invariant: a request's table in each group is either empty or covers its first ``num_scheduled_tokens`` tokens, and
+    every entry is null (no later query sees that block) or a block whose only use is this entry. Blocks are given back
+    by what has been computed, never by what is still being computed.
     """
 
     def __init__(self, groups: Sequence[CacheGroup], pool: BlockPool, block_size: int) -> None:
@@ -43,11 +44,11 @@ class KVCacheManager:
         return sum(max_blocks_in_group(g, num_tokens, num_new_tokens, self.block_size) for g in self.groups)
 
     def allocate(self, request: Request, num_new_tokens: int) -> bool:
-        """Extend the tables for the next ``num_new_tokens`` tokens; False, with nothing changed, if blocks lack."""
+        """Extend the tables by the next ``num_new_tokens`` tokens; False, with nothing changed, if blocks lack."""
         if not request.block_tables:
             request.block_tables = [array("i") for _ in self.groups]
             request.num_retired_blocks = [0] * len(self.groups)
-        needed = -(-(request.num_computed_tokens + num_new_tokens) // self.block_size)
+        needed = -(-(request.num_scheduled_tokens + num_new_tokens) // self.block_size)
         missing = [max(0, needed - len(table)) for table in request.block_tables]
         if sum(missing) > self.pool.num_free:
             return False
@@ -85,7 +86,7 @@ class KVCacheManager:
                 continue
             for group, table in zip(self.groups, request.block_tables, strict=True):
                 owners.extend(table)
-                assert len(table) * self.block_size >= request.num_computed_tokens, "a table is too short"
+                assert len(table) * self.block_size >= request.num_scheduled_tokens, "a table is too short"
                 visible_from = first_visible_token(group, request.num_computed_tokens) // self.block_size
                 assert NULL_BLOCK not in table[visible_from:], "a visible place holds the null block"
         used = [block for block in owners if block != NULL_BLOCK]

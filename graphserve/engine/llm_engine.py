@@ -166,17 +166,26 @@ class LLMEngine:
             core_outputs = core.step()
             processed = self._output_processor.process(core_outputs, time.monotonic())
             core.abort(processed.core_ids_to_abort)
-        except Exception as error:  # the state of cache and queues is unknown now
-            self._death = error
-            core.close()
-            raise EngineDeadError(f"the engine stopped in a step: {type(error).__name__}: {error}") from error
+        except Exception as error:
+            raise self._die(core, error) from error
         return processed.request_outputs
 
     def abort(self, *request_ids: str) -> None:
-        """End requests without further output; ids that are unknown or ended are ignored."""
-        if self._core is not None:
+        """End requests without further output; ids that are unknown or ended are ignored.
+
+        If no request is left, this waits for the step that is being computed.
+
+        Raises:
+            EngineDeadError: that step failed.
+        """
+        core = self._core
+        if core is None or self._death is not None:
+            return
+        try:
             for request_id in request_ids:
-                self._core.abort(self._output_processor.remove(request_id))
+                core.abort(self._output_processor.remove(request_id))
+        except Exception as error:
+            raise self._die(core, error) from error
 
     def abort_request(self, request_id: str) -> None:
         """The same as :meth:`abort` for one request, under vLLM's name."""
@@ -201,6 +210,12 @@ class LLMEngine:
         core, self._core = self._core, None
         if core is not None and self._death is None:
             core.close()
+
+    def _die(self, core: EngineCore, error: Exception) -> EngineDeadError:
+        """After a failed step the state of cache and queues is unknown: give everything back for good."""
+        self._death = error
+        core.close()
+        return EngineDeadError(f"the engine stopped in a step: {type(error).__name__}: {error}")
 
     def _living_core(self) -> EngineCore:
         if self._death is not None:

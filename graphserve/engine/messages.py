@@ -79,11 +79,20 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
     num_steps_total: int = 0
+    num_sync_steps_total: int = 0
+    num_variant_steps_total: dict[str, int] = {}
 
     def plus_counters(self, other: EngineStats) -> EngineStats:
         """The sums of both sides' counters, with gauges at zero."""
-        counters = [name for name in self.__struct_fields__ if name.endswith("_total")]
-        return EngineStats(**{name: getattr(self, name) + getattr(other, name) for name in counters})
+        sums: dict[str, Any] = {}
+        for name in self.__struct_fields__:
+            if name.endswith("_total"):
+                ours, others = getattr(self, name), getattr(other, name)
+                if isinstance(ours, dict):
+                    sums[name] = {key: ours.get(key, 0) + others.get(key, 0) for key in {**ours, **others}}
+                else:
+                    sums[name] = ours + others
+        return EngineStats(**sums)
 
 
 class OutputDelta(msgspec.Struct, array_like=True):

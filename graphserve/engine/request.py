@@ -61,9 +61,13 @@ class RequestStatus(enum.IntEnum):
 class Request:
     """Mutable state of a request between arrival and its last token.
 
-    Invariant: the KV of the first ``num_computed_tokens`` of ``token_ids`` (prompt, then output) is in the cache, as
-    far as later queries can see it. A step computes the next tokens up to ``len(token_ids)``; only when it reaches the
-    end does it sample. Prefill, chunked prefill, decode and recompute after a preemption are this one rule.
+    Its tokens are ``token_ids`` (prompt, then output) and, behind them, ``num_placeholders`` tokens that submitted
+    steps sample and nobody here knows yet. A step computes the next tokens up to the last one; only when it reaches
+    that does it sample. Prefill, chunked prefill, decode and recompute after a preemption are this one rule.
+
+    Invariant: ``num_computed_tokens <= num_scheduled_tokens <= num_tokens``. The KV of the first
+    ``num_computed_tokens`` is in the cache, as far as later queries can see it; that of the others up to
+    ``num_scheduled_tokens`` is written by the ``num_steps_in_flight`` steps that were submitted and have not retired.
     """
 
     __slots__ = (
@@ -73,10 +77,14 @@ class Request:
         "lane",
         "num_computed_tokens",
         "num_known_prompt_logprobs",
+        "num_placeholders",
         "num_preemptions",
         "num_prompt_tokens",
         "num_retired_blocks",
+        "num_scheduled_tokens",
+        "num_steps_in_flight",
         "params",
+        "reads_output",
         "request_id",
         "status",
         "stop_token_ids",
@@ -92,6 +100,11 @@ class Request:
         self.num_prompt_tokens = len(core_request.prompt_token_ids)
         self.stop_token_ids = frozenset(core_request.params.stop_token_ids or ())
         self.num_computed_tokens = 0
+        self.num_scheduled_tokens = 0
+        self.num_placeholders = 0
+        self.num_steps_in_flight = 0
+        # Whether sampling looks at the tokens before: penalties count them, and a bad word goes on from them.
+        self.reads_output = self.params.has_penalties or any(len(word) > 1 for word in core_request.bad_words_token_ids)
         self.num_known_prompt_logprobs = 0  # prompt positions 1.. whose log-probabilities were already reported
         self.num_preemptions = 0
         self.status = RequestStatus.WAITING
@@ -102,20 +115,24 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Known tokens and placeholders."""
+        return len(self.token_ids) + self.num_placeholders
 
     @property
     def num_output_tokens(self) -> int:
+        """Known output tokens, without placeholders."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_tokens_to_compute(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        if self.num_placeholders and self.num_tokens - self.num_prompt_tokens >= self.core_request.max_tokens:
+            return 0  # the last token is on its way
+        return self.num_tokens - self.num_scheduled_tokens
 
     @property
     def is_decoding(self) -> bool:
         """Whether the next step computes only the token sampled last."""
-        return self.num_tokens_to_compute == 1 and self.num_output_tokens > 0
+        return self.num_tokens_to_compute == 1 and self.num_tokens > self.num_prompt_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:

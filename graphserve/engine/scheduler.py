@@ -29,30 +29,31 @@ class SchedulerLimits(msgspec.Struct, frozen=True):
 
 
 class ScheduledRequest(msgspec.Struct):
-    """A request's part in a step: tokens ``start .. start + num_tokens - 1`` of its sequence."""
+    """A request's part in a step: tokens ``start .. start + num_tokens - 1`` of its sequence.
+
+    ``samples`` says whether that reaches the last token, so that the next one is sampled.
+    """
 
     request: Request
     start: int
     num_tokens: int
+    samples: bool
 
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the end of the known tokens, so that the next one is sampled."""
-        return self.end == self.request.num_tokens
 
 
 class SchedulerOutput(msgspec.Struct):
     """One step: decoding requests first, then prefills; each in the order of arrival.
 
     ``exhausted`` are requests that ran alone and still need more blocks than the pool has: they can never go on.
+    ``must_wait``: nothing was scheduled, because that takes what only the end of the steps in flight brings.
     """
 
     scheduled: list[ScheduledRequest]
     exhausted: list[Request]
+    must_wait: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -66,8 +67,14 @@ class Scheduler:
     before waiting ones, decodes before prefills. If blocks lack, the request that arrived last loses all of its blocks
     and waits at the front of the queue; so the one that arrived first always makes progress.
 
-    Invariant: waiting requests hold no blocks. ``running`` and ``waiting`` are each in the order of arrival, and every
-    running request arrived before every waiting one.
+    A step that :meth:`schedule` has given is in flight until :meth:`retire`. More may be scheduled meanwhile: all that
+    is said about a request's length counts the tokens still being sampled. What needs to know more waits for the flight
+    to end: a row whose sampling reads those tokens, and a pool without free blocks, since some may come back and taking
+    blocks from a request needs it to be at rest.
+
+    Invariant: waiting requests hold neither blocks nor a lane. ``running`` and ``waiting`` are each in the order of
+    arrival, and every running request arrived before every waiting one. A request that ends while steps with it are
+    in flight keeps its blocks and its lane until the last of them has retired.
     """
 
     def __init__(self, limits: SchedulerLimits, kv: KVCacheManager) -> None:
@@ -77,6 +84,8 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.num_preemptions = 0
+        self._in_flight: deque[list[ScheduledRequest]] = deque()
+        self._leaving: list[Request] = []  # finished, but still in a step in flight
         self._free_lanes = list(reversed(range(limits.max_num_seqs)))
 
     def add(self, request: Request) -> None:
@@ -84,19 +93,30 @@ class Scheduler:
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
-        """Take a request out, wherever it is, and give its blocks back. Only between steps."""
+        """Take a request out, wherever it is. Its blocks come back when no step in flight writes to them."""
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
         elif request.status is not RequestStatus.FINISHED:
             self.waiting.remove(request)
-        self._release(request)
         request.status = RequestStatus.FINISHED
+        if request.num_steps_in_flight:
+            self._leaving.append(request)
+        else:
+            self._release(request)
+
+    @property
+    def num_steps_in_flight(self) -> int:
+        return len(self._in_flight)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.running or self.waiting)
 
     def schedule(self) -> SchedulerOutput:
-        """Choose the next step and take the blocks it writes to."""
+        """Choose the next step and take the blocks it writes to. The step is in flight if it is not empty."""
+        if self._in_flight and any(
+            r.reads_output and r.num_placeholders and r.num_tokens_to_compute for r in self.running
+        ):
+            return SchedulerOutput([], [], must_wait=True)
         step = _StepInProgress(self.limits)
         exhausted: list[Request] = []
         has_preempted = False
@@ -109,6 +129,8 @@ class Scheduler:
             if num_tokens == 0:
                 continue
             while not self.kv.allocate(request, num_tokens):
+                if self._in_flight:
+                    return SchedulerOutput([], [], must_wait=True)
                 if len(self.running) == 1:
                     # Alone, and the pool is too small: a smaller chunk needs fewer blocks in windowed groups.
                     num_tokens //= 2
@@ -127,26 +149,57 @@ class Scheduler:
                 step.add(request, num_tokens)
         if not has_preempted and not exhausted:
             self._admit(step, exhausted)
-        return SchedulerOutput(step.in_order(), exhausted)
+        scheduled = step.in_order()
+        for item in scheduled:
+            item.request.num_steps_in_flight += 1
+            item.request.num_scheduled_tokens = item.end
+            item.request.num_placeholders += item.samples
+        if scheduled:
+            self._in_flight.append(scheduled)
+        return SchedulerOutput(scheduled, exhausted)
+
+    def retire(self) -> list[ScheduledRequest]:
+        """The oldest step in flight has ended: its parts, whose sampled tokens the caller adds to their requests."""
+        scheduled = self._in_flight.popleft()
+        for item in scheduled:
+            request = item.request
+            request.num_steps_in_flight -= 1
+            request.num_computed_tokens = item.end
+            request.num_placeholders -= item.samples
+            if request.status is not RequestStatus.FINISHED:
+                self.kv.retire(request)
+            elif not request.num_steps_in_flight:
+                self._leaving.remove(request)
+                self._release(request)
+        return scheduled
 
     def check(self) -> None:
-        """Assert the invariants of queues and blocks."""
+        """Assert the invariants of queues, lanes, steps in flight and blocks."""
         assert len(self.running) <= self.limits.max_num_seqs
         arrivals = [r.arrival for r in [*self.running, *self.waiting]]
         assert arrivals == sorted(arrivals), "the order of arrival is lost"
         assert all(r.status is RequestStatus.RUNNING for r in self.running)
-        assert all(not r.block_tables and r.num_computed_tokens == 0 for r in self.waiting), "waiting, with blocks"
-        self.kv.check(self.running)
+        assert all(not r.block_tables and r.num_scheduled_tokens == 0 for r in self.waiting), "waiting, with blocks"
+        assert all(r.lane is None and not r.num_steps_in_flight for r in self.waiting), "waiting, with a lane"
+        holders = [*self.running, *self._leaving]
+        lanes = [*self._free_lanes, *(r.lane for r in holders)]
+        assert set(lanes) == set(range(self.limits.max_num_seqs)) and len(lanes) == len(set(lanes)), "lanes are lost"
+        in_flight = [item.request for step in self._in_flight for item in step]
+        assert all(r.num_steps_in_flight == in_flight.count(r) for r in holders), "steps in flight are miscounted"
+        assert all(r in holders for r in in_flight), "a step in flight writes for a request that has gone"
+        for request in holders:
+            assert request.num_computed_tokens <= request.num_scheduled_tokens <= request.num_tokens
+        self.kv.check(holders)
 
     def _admit(self, step: _StepInProgress, exhausted: list[Request]) -> None:
-        """Start waiting requests, in order, while tokens, rows, seats and blocks last."""
-        while self.waiting and len(self.running) < self.limits.max_num_seqs:
+        """Start waiting requests, in order, while tokens, rows, lanes and blocks last."""
+        while self.waiting and self._free_lanes:
             request = self.waiting[0]
             num_tokens = step.num_tokens_for(request)
             if num_tokens == 0:
                 break
             needed = self.kv.num_blocks_for(request.num_tokens, num_tokens)
-            if self.running and needed > self.kv.pool.num_free:
+            if (self.running or self._in_flight) and needed > self.kv.pool.num_free:
                 break  # starting a prompt whose end does not fit would only bring about a preemption
             while num_tokens and not self.kv.allocate(request, num_tokens):
                 num_tokens //= 2  # nothing else runs: see schedule()
@@ -160,10 +213,11 @@ class Scheduler:
             step.add(request, num_tokens)
 
     def _preempt(self, request: Request) -> None:
-        assert self.running[-1] is request
+        assert self.running[-1] is request and not request.num_steps_in_flight
         self.running.pop()
         self._release(request)
         request.num_computed_tokens = 0
+        request.num_scheduled_tokens = 0
         request.num_preemptions += 1
         request.status = RequestStatus.PREEMPTED
         self.waiting.appendleft(request)
@@ -197,7 +251,9 @@ class _StepInProgress:
         return num_tokens
 
     def add(self, request: Request, num_tokens: int) -> None:
-        self._scheduled[request.arrival] = ScheduledRequest(request, request.num_computed_tokens, num_tokens)
+        start = request.num_scheduled_tokens
+        samples = start + num_tokens == request.num_tokens
+        self._scheduled[request.arrival] = ScheduledRequest(request, start, num_tokens, samples)
         self._num_tokens_left -= num_tokens
         if request.wants_prompt_logprobs:
             self._num_prompt_rows_left -= num_tokens - 1

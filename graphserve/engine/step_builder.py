@@ -11,6 +11,7 @@ from graphserve.engine.request import Request
 from graphserve.engine.scheduler import ScheduledRequest, SchedulerLimits
 from graphserve.runtime.buckets import Buckets
 from graphserve.runtime.step_input import (
+    CARRIED,
     NO_LOGPROBS,
     Int32Array,
     Int64Array,
@@ -65,11 +66,17 @@ class StepBuilder:
         for index, item in enumerate(scheduled):
             query_start_loc[index] = token
             seq_lens[index] = item.end
-            if item.num_tokens == 1:
-                input_ids[token] = item.request.token_ids[item.start]
+            token_ids = item.request.token_ids
+            if item.end > len(token_ids):  # a decode whose token is still being sampled
+                assert item.num_tokens == 1, "a chunk ends with the last token, and only that can be unknown"
+                input_ids[token] = CARRIED
+                token_lanes[token] = _lane(item.request)
+                positions[token] = item.start
+            elif item.num_tokens == 1:
+                input_ids[token] = token_ids[item.start]
                 positions[token] = item.start
             else:
-                input_ids[token : token + item.num_tokens] = item.request.token_ids[item.start : item.end]
+                input_ids[token : token + item.num_tokens] = token_ids[item.start : item.end]
                 positions[token : token + item.num_tokens] = np.arange(item.start, item.end)
             token += item.num_tokens
 
@@ -121,10 +128,10 @@ class StepBuilder:
         self, scheduled: Sequence[ScheduledRequest], query_start_loc: Int32Array
     ) -> tuple[SamplingInput, list[int], list[int]]:
         """Sampling arrays, token indices of the logits rows (without padding), lanes of the sampled ones."""
-        sampled = [(index, item.request) for index, item in enumerate(scheduled) if item.samples]
-        rows = [int(query_start_loc[index + 1]) - 1 for index, _ in sampled]
-        lanes = [_lane(request) for _, request in sampled]
-        sampling = _sampling_input([request for _, request in sampled])
+        rows = [int(query_start_loc[index + 1]) - 1 for index, item in enumerate(scheduled) if item.samples]
+        sampled = [item for item in scheduled if item.samples]
+        lanes = [_lane(item.request) for item in sampled]
+        sampling = _sampling_input(sampled)
         for index, item in enumerate(scheduled):
             request = item.request
             if not request.wants_prompt_logprobs or request.params.prompt_logprobs is None:
@@ -147,11 +154,11 @@ def _lane(request: Request) -> int:
     return request.lane
 
 
-def _sampling_input(requests: Sequence[Request]) -> SamplingInput:
-    """Sampling of one row a request. Arrays that no row needs stay None."""
-    params = [request.params for request in requests]
-    sampling = SamplingInput(num_rows=len(requests))
-    adjustments = (_adjustment(row, request) for row, request in enumerate(requests))
+def _sampling_input(sampled: Sequence[ScheduledRequest]) -> SamplingInput:
+    """Sampling of one row each. Arrays that no row needs stay None."""
+    params = [item.request.params for item in sampled]
+    sampling = SamplingInput(num_rows=len(sampled))
+    adjustments = (_adjustment(row, item) for row, item in enumerate(sampled))
     sampling.adjustments = [adjustment for adjustment in adjustments if adjustment is not None]
     if any(p.logprobs is not None for p in params):
         sampling.num_logprobs = [NO_LOGPROBS if p.logprobs is None else p.logprobs for p in params]
@@ -162,14 +169,16 @@ def _sampling_input(requests: Sequence[Request]) -> SamplingInput:
     sampling.top_k = np.array([p.top_k for p in params], np.int64)
     sampling.top_p = np.array([p.top_p for p in params], np.float32)
     sampling.min_p = np.array([p.min_p for p in params], np.float32)
-    sampling.keys = sampling_keys([r.core_request.seed for r in requests], [r.num_tokens for r in requests])
+    # The position that the sampled token will have: the one behind the step's tokens.
+    sampling.keys = sampling_keys([item.request.core_request.seed for item in sampled], [item.end for item in sampled])
     return sampling
 
 
-def _adjustment(row: int, request: Request) -> LogitsAdjustment | None:
+def _adjustment(row: int, item: ScheduledRequest) -> LogitsAdjustment | None:
     """The row's :class:`LogitsAdjustment`, None if its logits stay as they are."""
+    request = item.request
     params = request.params
-    banned = _banned_ids(request)
+    banned = _banned_ids(item)
     if not (banned or params.logit_bias or params.allowed_token_ids or params.has_penalties):
         return None
     adjustment = LogitsAdjustment(row)
@@ -192,11 +201,12 @@ def _adjustment(row: int, request: Request) -> LogitsAdjustment | None:
     return adjustment
 
 
-def _banned_ids(request: Request) -> list[int]:
+def _banned_ids(item: ScheduledRequest) -> list[int]:
     """Ids that must not come next: ends before ``min_tokens``, and last tokens of bad words under way."""
+    request = item.request
     banned: list[int] = []
-    # The next token is number num_output_tokens + 1; the output may end with number min_tokens at the earliest.
-    if request.num_output_tokens + 1 < request.params.min_tokens:
+    # The step's tokens end the sequence so far, and the output may end with number min_tokens at the earliest.
+    if item.end - request.num_prompt_tokens + 1 < request.params.min_tokens:
         banned.extend(request.core_request.eos_token_ids)
         banned.extend(request.stop_token_ids)
     if request.core_request.bad_words_token_ids:

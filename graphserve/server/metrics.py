@@ -124,6 +124,12 @@ class _EngineCollector(Collector):
             family = CounterMetricFamily(f"graphserve:{name}", help_text, labels=["model_name"])
             family.add_metric([model], getattr(totals, field))
             yield family
+        by_variant = CounterMetricFamily(
+            "graphserve:engine_variant_steps", "Steps by variant of the captured step", labels=["model_name", "variant"]
+        )
+        for variant, count in totals.num_variant_steps_total.items():
+            by_variant.add_metric([model, variant], count)
+        yield by_variant
         config = InfoMetricFamily("graphserve:cache_config", "KV-cache configuration")
         config.add_metric([], {"block_size": str(client.info.block_size), "num_gpu_blocks": str(stats.num_blocks)})
         yield config
@@ -134,6 +140,7 @@ _ENGINE_COUNTERS = (
     ("prompt_tokens", "Prompt tokens processed", "prompt_tokens_total"),
     ("generation_tokens", "Tokens generated", "generation_tokens_total"),
     ("engine_steps", "Steps executed", "num_steps_total"),
+    ("engine_sync_steps", "Steps that had to wait for the end of the step before", "num_sync_steps_total"),
 )
 
 
