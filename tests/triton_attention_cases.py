@@ -45,6 +45,7 @@ def paged_case(
     sinks: bool = False,
     alibi: bool = False,
     sliced_queries: bool = False,
+    rows_dtype: str = "",
     **attrs: Any,
 ) -> AttentionCase:
     """A batch of (query length, context length) sequences.
@@ -56,6 +57,7 @@ def paged_case(
         latent: the values are the first ``v_dim`` columns of the keys.
         cache_dtype: float8_e4m3fn for a scaled cache.
         out_dtype: float8_e4m3fn or int8 for a quantized result.
+        rows_dtype: the same, for a result quantized with one scale a token.
         sliced_queries: q is a column slice of a wider matrix.
         attrs: attributes that differ from a plain causal rule, and the generator's own.
     """
@@ -95,6 +97,9 @@ def paged_case(
         rule["out_dtype"] = out_dtype or dtype
         args += [torch.tensor([0.7]), torch.tensor([1.3])] if cache_dtype else [None, None]
         args.append(torch.tensor([0.01]) if out_dtype else None)
+    if rows_dtype:
+        op = "paged_attention_quant_rows"
+        rule["dtype"] = rows_dtype
     dynamic = {(0, 0): "T", ("out", 0): "T", (1, 0): "num_blocks", (2, 0): "num_blocks"}
     dynamic |= {(3, 0): "S", (3, 1): "B_0", (4, 0): "S+1", (5, 0): "S"}
     scalars = {"T": tokens, "S": len(lengths), "B_0": table.shape[1]}

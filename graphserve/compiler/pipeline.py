@@ -94,7 +94,8 @@ def fuse_passes(quantization: str | None) -> tuple[Pass, ...]:
     passes = list(FUSE)
     # After merge_linears, so that siblings share one quantized input; before weight_constants, which quantizes at load.
     passes.insert(passes.index(merge_linears.PASS) + 1, quantize_linears(SCHEMES[quantization]))
-    passes.insert(passes.index(attention.PASS), quantize_producers.PASS)  # after add_norm, which it takes in
+    # After add_norm and attention, which it takes in, and the no-ops between attention and its reader.
+    passes.insert(passes.index(pointwise_groups.PASS), quantize_producers.PASS)
     return tuple(passes)
 
 

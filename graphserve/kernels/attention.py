@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphserve.kernels.quantize import fake_quantized_rows, quantize_rows
 from graphserve.kernels.registry import register
 
 
@@ -241,6 +242,20 @@ def packed_attention(
     return out
 
 
+def paged_attention_quant_rows(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """:func:`paged_attention` followed by :func:`graphserve.kernels.quantize.quantize_rows`.
+
+    Args:
+        q: as in :func:`paged_attention`, like all further arguments but the last.
+        rest: the last one is the quantized dtype, ``int8`` or ``float8_e4m3fn``.
+
+    Returns:
+        ``[T, Hq*Dv]`` quantized by rows, and fp32 scales ``[T, 1]``.
+    """
+    *arguments, dtype = rest
+    return quantize_rows(paged_attention(q, *arguments), dtype)
+
+
 def _fake(q: Tensor, kv_k: Tensor, kv_v: Tensor, *_: object) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1] * kv_v.shape[3]))
 
@@ -267,6 +282,13 @@ register(
     " float scale, int window, int chunk, float softcap, bool causal, ScalarType out_dtype) -> Tensor",
     paged_attention_quant,
     _fake_quant,
+)
+register(
+    "paged_attention_quant_rows(Tensor q, Tensor kv_k, Tensor kv_v, Tensor block_table, Tensor query_start_loc,"
+    " Tensor seq_lens, Tensor? sinks, Tensor? alibi, float scale, int window, int chunk, float softcap, bool causal,"
+    " str dtype) -> (Tensor, Tensor)",
+    paged_attention_quant_rows,
+    lambda q, kv_k, kv_v, *rest: fake_quantized_rows(_fake(q, kv_k, kv_v), rest[-1]),
 )
 register(
     "packed_attention(Tensor q, Tensor k, Tensor v, Tensor query_start_loc, Tensor? sinks, Tensor? alibi,"

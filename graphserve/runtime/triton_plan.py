@@ -22,7 +22,7 @@ from graphserve.runtime.launch_specs import op_name, split_arguments, value_name
 # Ops that cuBLAS serves through torch.mm when there are many rows; a Triton kernel may replace it for few.
 LIBRARY_OPS = {"linear": "torch.mm"}
 # Ops whose second kernel, where there is one, only adds up what the first one computed per part of the keys.
-_SPLITS_KEYS = ("paged_attention", "paged_attention_quant")
+_SPLITS_KEYS = ("paged_attention", "paged_attention_quant", "paged_attention_quant_rows")
 
 
 class TritonPlan(msgspec.Struct):

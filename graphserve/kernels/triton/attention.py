@@ -15,7 +15,7 @@ from graphserve.kernels.arg_spec import ITEM_SIZES, ArgSpec, Call, Dim, Refused,
 from graphserve.kernels.triton.attention_form import AttentionForm, AttentionTile, choose_tile, head_parts
 from graphserve.kernels.triton.attention_loop import E4M3_HELPER, bits_are_converted, lacks_e4m3
 from graphserve.kernels.triton.attention_source import LOG2E, attention_body, is_quantized
-from graphserve.kernels.triton.attention_split import partial_bytes, reduce_kernel
+from graphserve.kernels.triton.attention_split import partial_bytes, quantize_kernel, reduce_kernel
 from graphserve.kernels.triton.kernel import KernelText, TritonKernel, require_float
 
 MAX_HEAD_DIM = 576
@@ -26,13 +26,14 @@ _PAGED = ("q", "kv_k", "kv_v", "block_table", "query_start_loc", "seq_lens", *_R
 TENSORS = {
     "paged_attention": _PAGED,
     "paged_attention_quant": (*_PAGED, "k_scale", "v_scale", "out_scale"),
+    "paged_attention_quant_rows": _PAGED,
     "packed_attention": ("q", "k", "v", "query_start_loc", *_RULE),
 }
 _REQUIRED = ("q", "kv_k", "kv_v", "k", "v", "block_table", "query_start_loc", "seq_lens")
 
 
 def attention(call: Call, target: str) -> TritonKernel | list[TritonKernel]:
-    """``gs.paged_attention``, ``gs.paged_attention_quant`` and ``gs.packed_attention``.
+    """``gs.paged_attention``, its two quantizing forms and ``gs.packed_attention``.
 
     Besides the op's own attributes:
 
@@ -53,7 +54,9 @@ def attention(call: Call, target: str) -> TritonKernel | list[TritonKernel]:
     form = _form(call, tensors, target)
     tile = choose_tile(form, target)
     kernels = [_attention_kernel(call, tensors, form, tile, target)]
-    if form.segments > 1:
+    if form.quantizes_rows:
+        kernels.append(quantize_kernel(call, form, target))
+    elif form.is_split:
         kernels.append(reduce_kernel(call, form, list(tensors)))
     return kernels if len(kernels) > 1 else kernels[0]
 
@@ -61,7 +64,7 @@ def attention(call: Call, target: str) -> TritonKernel | list[TritonKernel]:
 def _attention_kernel(
     call: Call, tensors: dict[str, ArgSpec | None], form: AttentionForm, tile: AttentionTile, target: str
 ) -> TritonKernel:
-    is_split = form.segments > 1
+    is_split = form.is_split
     if bits_are_converted(form, target):
         as_bytes = [
             spec and replace(spec, dtype="uint8" if i in (1, 2) else spec.dtype) for i, spec in enumerate(call.args)
@@ -119,7 +122,7 @@ def _add_constants(
         text.constants(**{f"{x.upper()}_{axis}_STRIDE": spec.int_stride(i) for i, axis in enumerate(axes)})
     if form.block_size:
         text.constants(BLOCK_SIZE=form.block_size)
-    if form.segments > 1:
+    if form.is_split:
         text.constants(SEGMENTS=form.segments, HEADS=form.kv_heads * form.group)
     else:
         text.constants(OUT_TOKEN_STRIDE=form.kv_heads * form.group * form.v_dim)
@@ -166,6 +169,7 @@ def _form(call: Call, tensors: dict[str, ArgSpec | None], target: str) -> Attent
         has_sinks=tensors["sinks"] is not None,
         has_alibi=tensors["alibi"] is not None,
         segments=segments,
+        quantizes_rows=call.op == "paged_attention_quant_rows",
         single_query=call.attrs.get("max_query_len") == 1,
     )
 
@@ -177,9 +181,11 @@ def _check_dtypes(
         raise Refused(f"keys are {k.dtype}, values {v.dtype}: both must be {q.dtype}, as q is, or float8_e4m3fn")
     if out.dtype != q.dtype and not is_quantized(out.dtype):
         raise Refused(f"the result is {out.dtype}: it must be {q.dtype}, as q is, float8_e4m3fn or int8")
-    if out.dtype == "float8_e4m3fn" and lacks_e4m3(target):
+    if out.dtype == "float8_e4m3fn" and "out_scale" in tensors and lacks_e4m3(target):
         raise Refused(f"{target} has no float8_e4m3fn: quantize the result to int8")
-    needed = {"k_scale": k.dtype != q.dtype, "v_scale": k.dtype != q.dtype, "out_scale": is_quantized(out.dtype)}
+    needed = {"k_scale": k.dtype != q.dtype, "v_scale": k.dtype != q.dtype}
+    if "out_scale" in tensors:
+        needed["out_scale"] = is_quantized(out.dtype)
     for name, is_needed in needed.items():
         spec = tensors.get(name)
         if (spec is not None) != is_needed:

@@ -40,7 +40,8 @@ class AttentionForm:
         softcap: 0 for none.
         has_sinks: one extra logit a head with value zero.
         has_alibi: one slope a head.
-        segments: programs that share one query's keys; 1 writes the result, more write partial results.
+        segments: programs that share one query's keys.
+        quantizes_rows: the result is quantized with one scale a token, over all heads.
         single_query: no sequence has more than one query token, and those with none come last.
     """
 
@@ -60,7 +61,13 @@ class AttentionForm:
     has_sinks: bool
     has_alibi: bool
     segments: int
+    quantizes_rows: bool
     single_query: bool
+
+    @property
+    def is_split(self) -> bool:
+        """Whether programs write partial results, for a second kernel that sees all segments and heads of a token."""
+        return self.segments > 1 or self.quantizes_rows
 
     @property
     def least_width(self) -> int:

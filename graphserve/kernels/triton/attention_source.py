@@ -31,7 +31,7 @@ def attention_body(form: AttentionForm, tile: AttentionTile, target: str, table_
         _key_range(form),
         _accumulators(form),
         *loops(form, target),
-        _store_partial(form) if form.segments > 1 else _store(form),
+        _store_partial(form) if form.is_split else _store(form),
     ]
     return "\n\n".join(section.strip("\n") for section in sections if section.strip())
 
@@ -136,7 +136,7 @@ def _key_range(form: AttentionForm) -> str:
         ]
     else:
         lines.append("first_tile = 0")
-    if form.segments > 1:
+    if form.is_split:
         lines += [
             "segment = tl.program_id(2)",
             "segment_tiles = (last_tile - first_tile + SEGMENTS - 1) // SEGMENTS",
@@ -179,7 +179,7 @@ def _accumulators(form: AttentionForm) -> str:
     if form.has_sinks:
         lines.append("# A sink is a key with value zero: it seeds the maximum and the sum, not the accumulator.")
         sink = "tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32) * LOG2E"
-        if form.segments > 1:
+        if form.is_split:
             lines += [
                 f'row_max = tl.where(segment == 0, {sink}, float("-inf"))',
                 "row_sum = tl.where((segment == 0) & (row >= 0), 1.0, 0.0)",

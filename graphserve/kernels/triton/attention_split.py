@@ -1,12 +1,14 @@
-"""The second kernel of split attention: partial results of a query's key segments become one."""
+"""The second kernel of split attention: partial results of a query's key segments become one, and may be quantized."""
 
 from __future__ import annotations
 
 import textwrap
 
-from graphserve.kernels.arg_spec import Call
+from graphserve.kernels.arg_spec import Call, Refused
+from graphserve.kernels.quantized_types import QUANTIZED_MAX, SMALLEST_ABSMAX
 from graphserve.kernels.triton.attention_form import AttentionForm
 from graphserve.kernels.triton.attention_source import is_quantized, rounded
+from graphserve.kernels.triton.expressions import limited, quantized, round_to, stored_type
 from graphserve.kernels.triton.kernel import KernelText, TritonKernel, next_power_of_2
 
 _BODY = """
@@ -26,6 +28,40 @@ results = tl.load(address, mask=is_written, other=0.0)
 total = tl.sum(weight, 0)
 result = tl.sum(results * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total){factors}
 tl.store(out_ptr + row * V_DIM + column, {value}, mask=column < V_DIM)
+"""
+
+
+# Elements of all heads of a token, padded to powers of two, that one program can hold.
+MAX_TOKEN_ELEMENTS = 32768
+
+_QUANTIZE_BODY = """
+# One program a query token: the scale is that of all heads. Softmax over segments, as in the kernel that only reduces.
+token = tl.program_id(0).to(tl.int64)
+head = tl.arange(0, HEAD_ROWS)
+column = tl.arange(0, V_COLUMNS)
+first = (token * HEADS + head) * SEGMENTS
+log_sums = partial_ptr + T.to(tl.int64) * (HEADS * SEGMENTS * V_DIM)
+largest = tl.full([HEAD_ROWS], float("-inf"), tl.float32)
+for segment in range(SEGMENTS):
+    log_sum = tl.load(log_sums + first + segment, mask=head < HEADS, other=float("-inf"))
+    largest = tl.maximum(largest, log_sum)
+largest = tl.where(largest == float("-inf"), 0.0, largest)
+total = tl.zeros([HEAD_ROWS], tl.float32)
+value = tl.zeros([HEAD_ROWS, V_COLUMNS], tl.float32)
+for segment in range(SEGMENTS):
+    log_sum = tl.load(log_sums + first + segment, mask=head < HEADS, other=float("-inf"))
+    weight = tl.exp2(log_sum - largest)
+    is_written = (log_sum != float("-inf"))[:, None] & (column < V_DIM)[None, :]
+    result = tl.load(partial_ptr + (first + segment)[:, None] * V_DIM + column[None, :], mask=is_written, other=0.0)
+    value += result * weight[:, None]
+    total += weight
+value = {rounded}
+absmax = tl.maximum(tl.max(tl.max(tl.abs(value), axis=1), axis=0), SMALLEST)
+inverse = LIMIT / absmax
+place = token * (HEADS * V_DIM) + head[:, None] * V_DIM + column[None, :]
+inside = (head < HEADS)[:, None] & (column < V_DIM)[None, :]
+tl.store(quantized_ptr + place, {quantized}, mask=inside)
+tl.store(scale_ptr + token, absmax / LIMIT)
 """
 
 
@@ -60,3 +96,28 @@ def reduce_kernel(call: Call, form: AttentionForm, names: list[str]) -> TritonKe
     body = textwrap.dedent(_BODY).format(factors=factors, value=rounded("result", form.out_dtype))
     num_warps = 4 if form.segments * form.v_dim > 4096 else 2
     return text.build(body, ("T", heads, 1), num_warps, scratch=partial_bytes(form))
+
+
+def quantize_kernel(call: Call, form: AttentionForm, target: str) -> TritonKernel:
+    """The kernel that runs after the segments' one and quantizes each token's row.
+
+    Raises:
+        Refused: a token has more elements than a program holds.
+    """
+    heads, dtype = form.kv_heads * form.group, form.out_dtype
+    head_rows, columns = next_power_of_2(heads), next_power_of_2(form.v_dim)
+    if head_rows * columns > MAX_TOKEN_ELEMENTS:
+        raise Refused(f"{heads} heads of {form.v_dim} are more than the {MAX_TOKEN_ELEMENTS} elements of a program")
+    text = KernelText(call, f"{call.op}_reduce")
+    text.scratch("partial_ptr", "float32")
+    text.output("quantized_ptr", 0, stored_type(call.outputs[0], target))
+    text.output("scale_ptr", 1)
+    text.scalar("T")
+    text.constants(HEADS=heads, HEAD_ROWS=head_rows, SEGMENTS=form.segments)
+    text.constants(V_DIM=form.v_dim, V_COLUMNS=columns, LIMIT=QUANTIZED_MAX[dtype], SMALLEST=SMALLEST_ABSMAX)
+    body = textwrap.dedent(_QUANTIZE_BODY).format(
+        rounded=round_to(form.dtype, "value / tl.where(total == 0.0, 1.0, total)[:, None]"),
+        quantized=quantized(text, limited("value * inverse", dtype), dtype, target),
+    )
+    num_warps = min(16, max(2, head_rows * columns // 1024))
+    return text.build(body, ("T", 1, 1), num_warps, scratch=partial_bytes(form))

@@ -43,6 +43,7 @@ GENERATORS: dict[str, tuple[str, str]] = {
     "route": ("route", "route"),
     "paged_attention": ("attention", "attention"),
     "paged_attention_quant": ("attention", "attention"),
+    "paged_attention_quant_rows": ("attention", "attention"),
     "packed_attention": ("attention", "attention"),
     "process_logits": ("sampler_logits", "process_logits"),
     "sampling_cut": ("sampler_cut", "sampling_cut"),

@@ -123,6 +123,23 @@ def test_a_quantized_result_is_within_one_step_of_the_reference(out_dtype: torch
     assert expected.float().abs().max() > 30, "the case must use the range it is meant to test"
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("decode", [{}, {"max_query_len": 1, "segments": 3}], ids=["mixed", "split"])
+def test_rows_are_quantized_with_one_scale_over_all_heads(dtype: str, decode: dict[str, int]) -> None:
+    lengths = DECODE if decode else SHORT
+    case = paged_case("rows", lengths, rows_dtype=dtype, padding=1, heads=6, kv_heads=2, sinks=True, **decode)
+    target = "cuda:80" if dtype == "float8_e4m3fn" else "cuda:90"  # its bits, which the interpreter rounds right
+    kernels = case.kernels(target)
+    assert [k.symbol.split("_")[-2] for k in kernels] == ["segment", "reduce"]
+    (actual, scale), (expected, expected_scale) = case.run(target), case.expected()
+    assert_close(scale, expected_scale, 1e-5, 1e-8)
+    difference = (actual.float() * scale - expected.float() * expected_scale).abs()
+    step = expected_scale if dtype == "int8" else expected.float().abs() * expected_scale / 8 + expected_scale * 2**-9
+    assert bool((difference <= step * 1.001).all())
+    assert (difference > step / 100).float().mean() < 0.05
+    assert expected.float().abs().amax(-1)[:-1].min() > 126, "each row but the padding must use its whole range"
+
+
 def test_splitting_the_keys_changes_the_result_by_rounding_only() -> None:
     whole = paged_case("split or whole", [(1, 700), (1, 1)], heads=2, kv_heads=1, max_query_len=1, sinks=True)
     expected = whole.run()[0]
