@@ -42,13 +42,15 @@ column = tl.arange(0, V_COLUMNS)
 first = (token * HEADS + head) * SEGMENTS
 log_sums = partial_ptr + T.to(tl.int64) * (HEADS * SEGMENTS * V_DIM)
 largest = tl.full([HEAD_ROWS], float("-inf"), tl.float32)
-for segment in range(SEGMENTS):
+# No constant, or the compiler would unroll every round and hold all segments at once.
+segments = tl.minimum(T, 1) * SEGMENTS
+for segment in range(segments):
     log_sum = tl.load(log_sums + first + segment, mask=head < HEADS, other=float("-inf"))
     largest = tl.maximum(largest, log_sum)
 largest = tl.where(largest == float("-inf"), 0.0, largest)
 total = tl.zeros([HEAD_ROWS], tl.float32)
 value = tl.zeros([HEAD_ROWS, V_COLUMNS], tl.float32)
-for segment in range(SEGMENTS):
+for segment in range(segments):
     log_sum = tl.load(log_sums + first + segment, mask=head < HEADS, other=float("-inf"))
     weight = tl.exp2(log_sum - largest)
     is_written = (log_sum != float("-inf"))[:, None] & (column < V_DIM)[None, :]

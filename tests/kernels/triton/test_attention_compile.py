@@ -27,6 +27,7 @@ class Model(NamedTuple):
     sinks: bool = False
     is_latent: bool = False
     cache_dtype: str = "bfloat16"
+    rows_dtype: str = ""  # of a result that is quantized by rows
 
 
 MODELS = {
@@ -38,6 +39,9 @@ MODELS = {
     "gpt-oss, window": Model(64, 8, 64, 64, sinks=True, window=128),
     "latent attention": Model(128, 1, 576, 512, block_size=64, is_latent=True),
     "phi-2": Model(32, 32, 80, 80),
+    "llama-3.1-8b, int8 result": Model(32, 8, 128, 128, rows_dtype="int8"),
+    "gpt-oss, 8-bit float result": Model(64, 8, 64, 64, sinks=True, rows_dtype="float8_e4m3fn"),
+    "128 heads, int8 result": Model(128, 8, 128, 128, rows_dtype="int8"),
 }
 STEPS: dict[str, dict[str, int]] = {"mixed": {}, "decode": {"max_query_len": 1}}
 STEPS["split"] = {"max_query_len": 1, "segments": 16}
@@ -66,7 +70,11 @@ def attention_kernels(model: Model, step: dict[str, int], target: str) -> list[T
     attrs: dict[str, Any] = {"scale": k_dim**-0.5, "window": model.window, "chunk": 0, "softcap": 0.0, "causal": True}
     attrs |= step | ({"value_is_key_prefix": True} if model.is_latent else {})
     op = "gs.paged_attention_quant" if is_scaled else "gs.paged_attention"
-    kernels = generate(op, attrs, args, [ArgSpec("bfloat16", ("T", heads * v_dim))], target)
+    outputs = [ArgSpec(model.rows_dtype or "bfloat16", ("T", heads * v_dim))]
+    if model.rows_dtype:
+        op, attrs["dtype"] = "gs.paged_attention_quant_rows", model.rows_dtype
+        outputs.append(ArgSpec("float32", ("T", 1)))
+    kernels = generate(op, attrs, args, outputs, target)
     assert not isinstance(kernels, Refusal), kernels
     return [kernels] if isinstance(kernels, TritonKernel) else kernels
 
