@@ -177,3 +177,16 @@ def test_each_distinct_kernel_of_a_plan_is_compiled_once_and_reported() -> None:
     assert code.keys() == plan.distinct_kernels().keys()
     assert steps == [(i, len(code)) for i in range(1, len(code) + 1)]
     assert all(isinstance(c, CompiledKernel) for c in code.values())
+
+
+@pytest.mark.parametrize("scheme", ["int8_w8a8", "fp8_per_channel"])
+def test_a_layer_on_8_bit_values_takes_no_more_launches_and_nothing_runs_eagerly(scheme: str) -> None:
+    """Norm, gated product and attention quantize what they make. The last layer gathers rows before it quantizes."""
+    layers = 4
+    fields = published(LLAMA_3_1_8B | {"num_hidden_layers": layers})
+    plan = lowered(compiled(fields, max_model_len=4096, dtype=torch.bfloat16, quantization=scheme))
+    assert plan.refusals == {}
+    assert [plan.launches_per_layer()[i] for i in range(layers)] == [9] * (layers - 1) + [10]
+    fused = Counter(launch.op for launch in plan.plan.launches)
+    assert fused["gs.paged_attention_quant_rows.default"] == layers - 1
+    assert fused["gs.quantize_rows.default"] == 1
