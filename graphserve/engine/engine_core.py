@@ -161,7 +161,7 @@ class EngineCore:
         self._requests.clear()
         self._executor.close()
         self._handles.clear()
-        while self.scheduler.num_steps_in_flight:
+        while self.scheduler.in_flight:
             self.scheduler.retire()
 
     def _settle(self) -> None:

@@ -84,7 +84,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.num_preemptions = 0
-        self._in_flight: deque[list[ScheduledRequest]] = deque()
+        self.in_flight: deque[list[ScheduledRequest]] = deque()
         self._leaving: list[Request] = []  # finished, but still in a step in flight
         self._free_lanes = list(reversed(range(limits.max_num_seqs)))
 
@@ -104,16 +104,12 @@ class Scheduler:
         else:
             self._release(request)
 
-    @property
-    def num_steps_in_flight(self) -> int:
-        return len(self._in_flight)
-
     def has_unfinished_requests(self) -> bool:
         return bool(self.running or self.waiting)
 
     def schedule(self) -> SchedulerOutput:
         """Choose the next step and take the blocks it writes to. The step is in flight if it is not empty."""
-        if self._in_flight and any(
+        if self.in_flight and any(
             r.reads_output and r.num_placeholders and r.num_tokens_to_compute for r in self.running
         ):
             return SchedulerOutput([], [], must_wait=True)
@@ -129,7 +125,7 @@ class Scheduler:
             if num_tokens == 0:
                 continue
             while not self.kv.allocate(request, num_tokens):
-                if self._in_flight:
+                if self.in_flight:
                     return SchedulerOutput([], [], must_wait=True)
                 if len(self.running) == 1:
                     # Alone, and the pool is too small: a smaller chunk needs fewer blocks in windowed groups.
@@ -155,12 +151,12 @@ class Scheduler:
             item.request.num_scheduled_tokens = item.end
             item.request.num_placeholders += item.samples
         if scheduled:
-            self._in_flight.append(scheduled)
+            self.in_flight.append(scheduled)
         return SchedulerOutput(scheduled, exhausted)
 
     def retire(self) -> list[ScheduledRequest]:
         """The oldest step in flight has ended: its parts, whose sampled tokens the caller adds to their requests."""
-        scheduled = self._in_flight.popleft()
+        scheduled = self.in_flight.popleft()
         for item in scheduled:
             request = item.request
             request.num_steps_in_flight -= 1
@@ -184,7 +180,7 @@ class Scheduler:
         holders = [*self.running, *self._leaving]
         lanes = [*self._free_lanes, *(r.lane for r in holders)]
         assert set(lanes) == set(range(self.limits.max_num_seqs)) and len(lanes) == len(set(lanes)), "lanes are lost"
-        in_flight = [item.request for step in self._in_flight for item in step]
+        in_flight = [item.request for step in self.in_flight for item in step]
         assert all(r.num_steps_in_flight == in_flight.count(r) for r in holders), "steps in flight are miscounted"
         assert all(r in holders for r in in_flight), "a step in flight writes for a request that has gone"
         for request in holders:
@@ -199,7 +195,7 @@ class Scheduler:
             if num_tokens == 0:
                 break
             needed = self.kv.num_blocks_for(request.num_tokens, num_tokens)
-            if (self.running or self._in_flight) and needed > self.kv.pool.num_free:
+            if (self.running or self.in_flight) and needed > self.kv.pool.num_free:
                 break  # starting a prompt whose end does not fit would only bring about a preemption
             while num_tokens and not self.kv.allocate(request, num_tokens):
                 num_tokens //= 2  # nothing else runs: see schedule()

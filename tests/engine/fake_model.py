@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from engine.fake_stream import FakeStream
 
+from graphserve.engine import model_executor
 from graphserve.engine.engine_core import EngineCore
-from graphserve.engine.model_executor import ModelExecutor
 from graphserve.engine.request import EngineCoreRequest
 from graphserve.engine.scheduler import SchedulerLimits
 from graphserve.plan.schema import CacheGroup, CacheSpec, Plan
@@ -174,7 +175,11 @@ def make_core(
 ) -> tuple[EngineCore, FakeRunner]:
     runner = FakeRunner(groups, **runner_options)  # type: ignore[arg-type]
     limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, max_num_seqs + prompt_rows, enable_chunked_prefill)
-    return EngineCore(ModelExecutor(runner), limits, num_blocks, block_size, pad_steps), runner
+    executor = model_executor.ModelExecutor(runner)
+    core = EngineCore(executor, limits, num_blocks, block_size, pad_steps)
+    if isinstance(executor, FakeStream):
+        executor.watch(core.scheduler)
+    return core, runner
 
 
 def core_request(

@@ -9,6 +9,8 @@ from graphserve.engine.kv_pool_size import max_blocks_in_group
 from graphserve.errors import RequestError
 from graphserve.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("depth")
+
 EOS = (3,)
 
 
@@ -81,7 +83,7 @@ def run(core, requests):
     outputs: dict[str, list] = {request.request_id: [] for request in requests}
     while core.has_unfinished_requests():
         for output in core.step():
-            outputs[output.request_id].append(output)
+            outputs.setdefault(output.request_id, []).append(output)
         core.scheduler.check()
     return outputs
 
@@ -160,9 +162,10 @@ def test_prefills_share_the_token_budget_with_decodes_first():
     core.add_request(core_request("long", list(range(20)), greedy(2)))
     core.add_request(core_request("last", [2, 3], greedy(2)))
     core.step()
-    schedule = {r.request_id: r.num_computed_tokens for r in core.scheduler.running}
+    schedule = {r.request_id: r.num_scheduled_tokens for r in core.scheduler.running}
     assert schedule == {"first": 2, "long": 7}
-    assert runner.steps[-1] == (8, 1, 2)
+    run(core, [])
+    assert runner.steps[1] == (8, 1, 2)
 
 
 def test_without_chunked_prefill_a_prompt_runs_in_one_step():

@@ -9,6 +9,8 @@ from graphserve.sampling_params import RequestOutputKind, SamplingParams
 
 PROMPT = [0, 5, 6, 7]
 
+pytestmark = pytest.mark.usefixtures("depth")
+
 
 def greedy(max_tokens=8, **more):
     return SamplingParams(temperature=0, max_tokens=max_tokens, **more)
