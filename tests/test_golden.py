@@ -11,6 +11,7 @@ import pytest
 
 from graphserve.config import EngineConfig
 from graphserve.engine.llm_engine import LLMEngine
+from graphserve.engine.model_executor import ModelExecutor
 from graphserve.llm import LLM
 from graphserve.runtime.load import load_model
 from graphserve.sampling_params import RequestOutputKind, SamplingParams
@@ -141,6 +142,26 @@ def test_with_a_pool_so_small_that_requests_are_preempted(golden):
     for case, output in run_with_random_arrival(engine, cases, SHORT, seed=2):
         assert_tokens(case, output, SHORT)
     assert engine.stats().num_preemptions_total > 0
+
+
+# Where a submitted step has run at once there is nothing to gain from a second one; the tokens must be the same.
+@pytest.mark.parametrize("golden", BASE[:1], indirect=True)
+def test_one_step_behind(golden, monkeypatch):
+    monkeypatch.setattr(ModelExecutor, "max_in_flight", 2)
+    longest = max(len(c["prompt_token_ids"]) for c in golden[1]) + SHORT
+    engine = make_engine(golden, num_gpu_blocks_override=3 * -(-longest // 16), max_num_seqs=16)
+    for case, output in run_with_random_arrival(engine, golden[1], SHORT, seed=3):
+        assert_tokens(case, output, SHORT)
+    assert engine.stats().num_preemptions_total > 0
+
+
+@pytest.mark.full
+def test_one_step_behind_to_the_end_of_every_golden(golden, monkeypatch):
+    monkeypatch.setattr(ModelExecutor, "max_in_flight", 2)
+    for seed, options in enumerate(({}, {"max_num_batched_tokens": 16, "max_num_seqs": 12})):
+        engine = make_engine(golden, **options)
+        for case, output in run_with_random_arrival(engine, golden[1], None, seed):
+            assert_tokens(case, output)
 
 
 @pytest.mark.full

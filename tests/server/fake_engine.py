@@ -84,6 +84,8 @@ class EchoEngine:
             num_blocks=10_000,
             generation_tokens_total=self._num_tokens,
             num_steps_total=self._num_steps,
+            num_sync_steps_total=1,
+            num_variant_steps_total={"greedy": self._num_steps} if self._num_steps else {},
         )
 
     def close(self) -> None:

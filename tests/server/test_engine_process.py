@@ -70,8 +70,10 @@ def test_metrics_never_decrease_over_a_restart(start_server: Any) -> None:
         wait_until(lambda: server.metric("graphserve:engine_restarts_total") == 1)
         wait_until(lambda: server.request("GET", "/health/ready")[0] == 200)
         assert server.metric("graphserve:generation_tokens_total") == 7
+        assert server.metric("graphserve:engine_variant_steps_total") == 7
         server.request("POST", COMPLETIONS, {"prompt": "abc", "max_tokens": 3})
         assert server.metric("graphserve:generation_tokens_total") == 10
+        assert server.metric("graphserve:engine_variant_steps_total") == 10
 
 
 def test_an_engine_that_cannot_restart_is_given_up_after_its_tries(start_server: Any, tmp_path: Path) -> None:

@@ -199,6 +199,11 @@ def test_metrics_count_requests_tokens_and_reasons(start_server: Any) -> None:
         assert counted.metric("graphserve:request_generation_tokens_sum") == 24
         assert counted.metric("graphserve:http_responses_total") >= 4
         assert counted.metric("graphserve:engine_ready") == 1
+        assert counted.metric("graphserve:engine_steps_total") == 12
+        assert counted.metric("graphserve:engine_variant_steps_total") == 12
+        assert counted.metric("graphserve:engine_sync_steps_total") == 1
+        _, text, _ = counted.request("GET", "/metrics")
+        assert 'variant="greedy"' in text.decode()
 
 
 def test_version_and_health_answer(server: Any) -> None:
