@@ -79,6 +79,9 @@ class SamplingInput(msgspec.Struct):
         top_k: int64 [num_rows], 0 for off.
         keys: uint32 [num_rows, 2], the hash of (seed, position) that drives the row's random choice.
         num_logprobs: per row, ``NO_LOGPROBS``, ``ALL_LOGPROBS`` or a count; None if no row wants any.
+        stop_ids: int32 [num_rows, K], tokens that end a row's request, padded with -1; None if nobody looked them up.
+        tokens_left: int32 [num_rows], how many tokens the row's request may still get, this step's included; or None.
+            Both only let the device end a lane before the host knows; the host decides what a request gets.
     """
 
     num_rows: int
@@ -91,6 +94,8 @@ class SamplingInput(msgspec.Struct):
     num_logprobs: list[int] | None = None
     adjustments: list[LogitsAdjustment] = []
     prompt_logprobs: list[PromptLogprobsRows] = []
+    stop_ids: Int32Array | None = None
+    tokens_left: Int32Array | None = None
 
 
 class StepInput(msgspec.Struct):

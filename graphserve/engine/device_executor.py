@@ -1,0 +1,38 @@
+"""The executor whose steps are recorded: the device samples, and the host runs a step behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from graphserve.engine.executor import StepSizes
+from graphserve.engine.kv_pool_size import kv_bytes_per_token
+from graphserve.plan.runner import StepSize
+from graphserve.plan.schema import CacheGroup
+from graphserve.runtime.device_runner import DeviceRunner, SubmittedStep
+from graphserve.runtime.step_input import StepInput
+
+
+class DeviceExecutor:
+    """Drives a :class:`DeviceRunner`. See :class:`~graphserve.engine.executor.Executor`."""
+
+    def __init__(self, runner: DeviceRunner) -> None:
+        self._runner: DeviceRunner | None = runner
+        self.max_in_flight = runner.max_in_flight
+        self.num_variant_steps: Mapping[str, int] = runner.num_variant_steps
+        self.vocab_size = int(runner.plan.model["vocab_size"])
+        self.cache_groups: Sequence[CacheGroup] = tuple(runner.plan.cache_groups)
+        self.kv_bytes_per_token = kv_bytes_per_token(runner.plan)
+
+    def allocate(self, num_blocks: int, block_size: int, largest_step: StepSizes) -> None:
+        assert self._runner is not None, "the executor is closed"
+        largest = StepSize((largest_step.num_tokens, largest_step.num_rows, largest_step.num_seqs))
+        self._runner.allocate(num_blocks, block_size, largest, largest_step.num_lanes)
+
+    def submit(self, step_input: StepInput) -> SubmittedStep:
+        assert self._runner is not None, "the executor is closed"
+        return self._runner.submit(step_input)
+
+    def close(self) -> None:
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
