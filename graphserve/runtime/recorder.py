@@ -192,7 +192,7 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        is_own = str(func) == self.launch.op and not self.trace
+        is_own = self.launch.kind == "reference" and str(func) == self.launch.op and not self.trace
         self.trace.append((str(func), *(self._described(a) for a in (*args, *kwargs.values()))))
         if not is_own:
             self._check(func)
