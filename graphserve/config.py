@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "float", "bfloat16", "float16", "half"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+Start = Literal["full", "tiered"]
 Quantization = Literal["fp8_per_channel", "int8_w8a8"]
 
 DEFAULT_MAX_NUM_SEQS = 64
@@ -53,6 +54,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         generation_config: ``auto`` takes sampling defaults from the model's folder, ``vllm`` takes none, anything else
             is a folder with a ``generation_config.json``.
         override_generation_config: values that replace those of the generation config.
+        compile_cache: folder or ``.tar.zst`` made by ``graphserve warmup --output``, None for the user's cache
+            (``GRAPHSERVE_CACHE``, else ``~/.cache/graphserve``).
+        strict_compile_cache: nothing is compiled: whatever is not in the compile cache is an error.
+        start: ``full`` compiles everything before the first request; ``tiered`` answers at once with plain torch
+            launches where kernels are missing, and changes to compiled ones when they are ready (CPU).
         max_logprobs: most log-probabilities a position may report, -1 for no limit.
         served_model_name: name(s) under which a server offers the model.
         disable_log_stats: no periodic statistics in the log.
@@ -81,6 +87,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     skip_tokenizer_init: bool = False
     generation_config: str = "auto"
     override_generation_config: dict[str, Any] = msgspec.field(default_factory=dict)
+    compile_cache: str | None = None
+    strict_compile_cache: bool = False
+    start: Start = "full"
     max_logprobs: int = 20
     served_model_name: str | list[str] | None = None
     disable_log_stats: bool = False
@@ -94,6 +103,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _require_choice("load_format", self.load_format, get_args(LoadFormat))
         _require_choice("dtype", self.dtype, get_args(Dtype))
         _require_choice("device", self.device, get_args(Device))
+        _require_choice("start", self.start, get_args(Start))
         if self.quantization is not None:
             _require_choice("quantization", self.quantization, get_args(Quantization))
         _require_at_least("max_num_seqs", self.max_num_seqs, 1)

@@ -6,6 +6,7 @@
     ├── CheckpointError         a weight file or tensor is missing, truncated or has the wrong shape
     ├── UnsupportedModelError   the model computes something the compiler refuses, with op and module
     ├── CompileError            a pass or lowering failed: a bug of ours, named by pass and node
+    ├── CacheMissError          something would have to be compiled although strict_compile_cache forbids it
     ├── DeviceError             a GPU driver call failed: names the call, the kernel and the driver's own error
     └── EngineDeadError         the engine process or loop has stopped; no more answers will come
 
@@ -58,6 +59,10 @@ class UnsupportedModelError(GraphserveError):
 
 class CompileError(GraphserveError):
     """A compiler stage failed on a graph it should handle (a bug): names stage and node."""
+
+
+class CacheMissError(GraphserveError):
+    """Something is not in the artifact store and must not be compiled; names it, the store and the way to fill it."""
 
 
 class DeviceError(GraphserveError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,33 @@ from typing import Any
 from graphserve import progress
 from graphserve.cli.engine_options import add_engine_options, add_model_argument, engine_config, fetch_model
 
+# Options that decide nothing of what is compiled, or where it goes (--output says that here).
+_WITHOUT = ("compile_cache", "strict_compile_cache", "start")
+
 
 def add_command(commands: Any) -> argparse.ArgumentParser:
     """Declare the command and its flags."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "warmup",
         help="compile a model ahead of serving it",
-        description="Store the model's plan and compiled kernels, so that later starts compile nothing. Exit status 1 "
-        "with --check when something is missing.",
+        description="Store the model's plan and compiled kernels, so that later starts compile nothing. config.json is "
+        "enough, and no GPU is needed for a GPU target. Step sizes need no list: kernels take them at run time. Exit "
+        "status 1 if something is missing.",
     )
     add_model_argument(parser)
+    parser.add_argument(
+        "--target",
+        default="cpu",
+        metavar="LIST",
+        help="comma-separated: cpu (this processor), cpu:LEVEL, cuda:80, cuda:90, cuda:100, hip:gfx942 (default: cpu)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH", help="folder or .tar.zst file to fill (default: the user's cache)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="compilers at a time (default: 2)")
     parser.add_argument("--check", action="store_true", help="only tell whether everything is stored, compile nothing")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the store (default: the user's cache)")
-    add_engine_options(parser)
+    parser.add_argument("--report", action="store_true", help="print one JSON document with a row for each artifact")
+    add_engine_options(parser, without=_WITHOUT)
     parser.set_defaults(run=run)
     return parser
 
@@ -34,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
     progress.set_sink(progress.StreamSink())
     from graphserve.compiler.warmup import run_warmup
 
-    report = run_warmup(config, output=options.output, check=options.check)
-    sys.stdout.write(str(report).rstrip() + "\n")
+    targets = [target for target in options.target.split(",") if target]
+    report = run_warmup(config, options.output, targets, options.check, max(1, options.jobs))
+    text = json.dumps(report.as_dict(), indent=1) if options.report else str(report)
+    sys.stdout.write(text.rstrip() + "\n")
     return 0 if report.is_complete else 1

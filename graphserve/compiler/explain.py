@@ -18,8 +18,9 @@ from graphserve.models.hub import resolve_config
 from graphserve.plan.arena import launch_inputs
 from graphserve.plan.schema import Launch, Plan
 from graphserve.runtime.cpp_backend import KernelPlan, lower_to_cpp
+from graphserve.runtime.find_plan import build_meta, compile_model
 from graphserve.runtime.kv_cache import KVCache
-from graphserve.runtime.load import build_meta, compile_model, find_model
+from graphserve.runtime.load import find_model
 from graphserve.runtime.triton_plan import TritonPlan, lower_to_triton
 
 DEFAULT_STEP = Step(batch=1, context=1024)

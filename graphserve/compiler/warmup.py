@@ -1,76 +1,184 @@
-"""``graphserve warmup``: compile ahead and store, or tell what is missing."""
+"""``graphserve warmup``: compile ahead and store, or tell what is missing. Needs no weights and no GPU."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from graphserve.artifacts import Artifact, ArtifactStore, open_store
+from graphserve.artifacts.bundle import SUFFIX, export_bundle, import_bundle
+from graphserve.artifacts.eviction import limit_bytes, prune
+from graphserve.compiler.compile_jobs import compile_in_processes
+from graphserve.compiler.warmup_report import WarmupReport
 from graphserve.config import EngineConfig
-from graphserve.kernels.cpu import build, compiler, missing_libraries
-from graphserve.plan.cache_dir import cache_dir
-from graphserve.plan.store import PlanStore
+from graphserve.errors import ConfigError
+from graphserve.kernels.cpu import compile_missing, compiler, stored_libraries
+from graphserve.kernels.cpu.isa import ISA_LEVELS, isa_level
+from graphserve.kernels.triton.compiled import TRITON_VERSION, find_compiled
+from graphserve.kernels.triton.kernel import TARGETS as GPU_TARGETS
+from graphserve.models.checkpoint import Checkpoint
+from graphserve.plan.schema import Plan
 from graphserve.progress import phase
 from graphserve.runtime.cpp_backend import lower_to_cpp
+from graphserve.runtime.find_plan import (
+    ModelPlan,
+    find_or_compile,
+    find_or_compile_config,
+    find_plan,
+    plan_factors,
+    weight_factors,
+)
 from graphserve.runtime.kv_cache import KVCache
-from graphserve.runtime.load import find_model, find_or_compile, key_factors
+from graphserve.runtime.load import find_model
+from graphserve.runtime.triton_plan import lower_to_triton
+
+DEFAULT_JOBS = 2
+_NUM_BLOCKS = 2  # the size of the KV pool is in no kernel
 
 
-@dataclass
-class WarmupReport:
-    """What the store holds for a model.
-
-    Attributes:
-        root: the store's folder.
-        present, missing: one line an artifact.
-    """
-
-    root: Path
-    present: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-    @property
-    def is_complete(self) -> bool:
-        return not self.missing
-
-    def __str__(self) -> str:
-        lines = [f"store {self.root}"]
-        lines += [f"  present  {item}" for item in self.present]
-        lines += [f"  missing  {item}" for item in self.missing]
-        state = "complete: a start compiles nothing" if self.is_complete else f"{len(self.missing)} missing"
-        return "\n".join([*lines, state])
-
-
-def run_warmup(config: EngineConfig, output: Path | None = None, check: bool = False) -> WarmupReport:
-    """Store the plan and the compiled kernels of a model.
+def run_warmup(
+    config: EngineConfig,
+    output: Path | None = None,
+    targets: Sequence[str] = ("cpu",),
+    check: bool = False,
+    num_jobs: int = DEFAULT_JOBS,
+) -> WarmupReport:
+    """Store the plan, the weight program and the kernels of a model for some targets.
 
     Args:
-        output: root of the store; the user's cache by default (``GRAPHSERVE_CACHE`` names another one to a start).
+        output: a folder or ``.tar.zst`` file; the user's cache by default.
+        targets: ``cpu`` (this processor's ISA level), ``cpu:LEVEL``, or a GPU target such as ``cuda:90``.
         check: compile nothing, only report what is there.
+        num_jobs: compilers that run at a time.
 
     Raises:
+        ConfigError: a target is unknown.
         GraphserveError: the model cannot be served at all.
     """
-    root = output if output is not None else cache_dir()
-    report = WarmupReport(root)
+    for target in targets:
+        check_target(target)
     folder = find_model(config)
-    store = PlanStore(root)
-    stored = store.load(key_factors(config, folder)) if check else find_or_compile(config, folder, store)
-    if stored is None:
-        report.missing.append(f"plan for {config.model} (dtype {config.dtype}, max_model_len {config.max_model_len})")
-        return report
-    if not check and not store.folder(key_factors(config, folder)).is_dir():
-        report.missing.append("plan: it depends on the values of this checkpoint's tied weights and is not stored")
-    else:
-        report.present.append(f"plan of {len(stored.plan.launches)} launches")
-    kernel_plan = lower_to_cpp(stored.plan, KVCache(stored.plan, 2, config.block_size, torch.device("meta")))
-    kernels = list({k.key: k for k in kernel_plan.kernels.values()}.values())
-    if not check and compiler() is not None:
-        with phase("compile C++ kernels") as work:
-            build(kernels, root / "cpp", lambda done, total, name: work.advance())
-    missing = missing_libraries(kernels, root / "cpp")
-    report.missing += [f"C++ kernels {name}" for name in missing]
-    report.present.append(f"{len(kernels)} C++ kernels, block size {config.block_size}" if not missing else "")
-    report.present = [item for item in report.present if item]
+    with _store_of(output, check) as store:
+        report = WarmupReport(str(output) if output is not None else str(store.root))
+        model = _plan(config, folder, store, check, report)
+        if model is not None:
+            for target in targets:
+                kv_cache = KVCache(model.compiled.plan, _NUM_BLOCKS, config.block_size, torch.device("meta"))
+                if target.startswith("cpu"):
+                    _cpp(model.compiled.plan, kv_cache, target, store, check, num_jobs, report)
+                else:
+                    _triton(model.compiled.plan, kv_cache, target, store, check, num_jobs, report)
+        if not check and output is not None and output.name.endswith(SUFFIX):
+            with phase("write bundle"):
+                export_bundle(report.artifacts.values(), output)
+        elif not check:
+            prune(store, limit_bytes())
     return report
+
+
+def check_target(target: str) -> None:
+    """Refuse an unknown target.
+
+    Raises:
+        ConfigError: with the targets that are known.
+    """
+    known = ["cpu", *(f"cpu:{level}" for level in ISA_LEVELS), *GPU_TARGETS]
+    if target not in known:
+        raise ConfigError(f"target {target!r} is unknown: use one of {', '.join(known)}")
+
+
+@contextlib.contextmanager
+def _store_of(output: Path | None, check: bool) -> Iterator[ArtifactStore]:
+    """The store to fill or to look at; a bundle is checked apart from everything else."""
+    if output is None or (output.name.endswith(SUFFIX) and not check):
+        yield open_store()
+    elif not output.name.endswith(SUFFIX):
+        yield ArtifactStore(output)
+    else:
+        with tempfile.TemporaryDirectory(prefix="graphserve-check-") as folder:
+            store = ArtifactStore(Path(folder))
+            if output.is_file():
+                import_bundle(output, store)
+            yield store
+
+
+def _plan(
+    config: EngineConfig, folder: Path, store: ArtifactStore, check: bool, report: WarmupReport
+) -> ModelPlan | None:
+    checkpoint = _checkpoint(folder)
+    factors = plan_factors(config, folder, checkpoint)
+    before = store.find("plan", factors)
+    if check:
+        if checkpoint is not None and before is None:
+            found = None
+        elif checkpoint is not None:
+            found = find_plan(config, folder, store)
+        else:
+            found = find_or_compile_config(config, folder, store) if before is not None else None
+    else:
+        find = find_or_compile if checkpoint is not None else find_or_compile_config
+        found = find(config, folder, store)
+    name = f"{config.model} (dtype {config.dtype}, max_model_len {config.max_model_len})"
+    if found is None:
+        report.add("plan", f"plan of {name}", store.find("plan", factors), was_there=True)
+    else:
+        artifact = store.find("plan", factors)
+        report.add(
+            "plan", f"plan of {name}, {len(found.compiled.plan.launches)} launches", artifact, before is not None
+        )
+    if checkpoint is not None:
+        shapes = {tensor: tuple(entry.shape) for tensor, entry in checkpoint.tensors.items()}
+        program = store.find("weights", weight_factors(factors, shapes))
+        why = "" if check else ": it depends on the values of this checkpoint's tied weights"
+        report.add("weights", f"weight program of {name}{why if program is None else ''}", program, before is not None)
+    return found
+
+
+def _checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint's headers, or None for a folder with a config only."""
+    try:
+        return Checkpoint.open(folder)
+    except ConfigError:
+        return None
+
+
+def _cpp(
+    plan: Plan, kv_cache: KVCache, target: str, store: ArtifactStore, check: bool, num_jobs: int, report: WarmupReport
+) -> None:
+    level = target.partition(":")[2] or isa_level()
+    lowered = lower_to_cpp(plan, kv_cache, level)
+    kernels = list({kernel.key: kernel for kernel in lowered.kernels.values()}.values())
+    before = stored_libraries(kernels, store)
+    missing = [name for name, artifact in before.items() if artifact is None]
+    if missing and not check and compiler() is not None:
+        with phase(f"compile C++ kernels for {level}", total=len(before), unit="libraries") as work:
+            compile_missing(kernels, store, lambda done, total, name: work.advance(), num_jobs)
+    for name, artifact in (stored_libraries(kernels, store) if missing else before).items():
+        report.add(f"cpu:{level}", f"C++ library {name}", artifact, before[name] is not None)
+
+
+def _triton(
+    plan: Plan, kv_cache: KVCache, target: str, store: ArtifactStore, check: bool, num_jobs: int, report: WarmupReport
+) -> None:
+    kernels = list(lower_to_triton(plan, kv_cache, target).distinct_kernels().values())
+    before = {kernel.key: find_compiled(store, kernel, target) for kernel in kernels}
+    stale = [kernel for kernel in kernels if _must_compile(before[kernel.key], check)]
+    if stale and not check:
+        with phase(f"compile Triton kernels for {target}", total=len(stale), unit="kernels") as work:
+            compile_in_processes(stale, target, store, num_jobs, work.advance)
+    made_now = {kernel.key for kernel in stale}
+    for kernel in kernels:
+        artifact = find_compiled(store, kernel, target)
+        report.add(target, f"Triton kernel {kernel.symbol}", artifact, kernel.key not in made_now)
+
+
+def _must_compile(artifact: Artifact | None, check: bool) -> bool:
+    """Whether a kernel is missing, or was compiled by another Triton than the one at hand (a start takes it still)."""
+    if artifact is None or check:
+        return artifact is None
+    return artifact.manifest.built.get(TRITON_VERSION) != metadata.version("triton")

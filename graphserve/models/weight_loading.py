@@ -82,6 +82,36 @@ def check_checkpoint(model: PreTrainedModel, model_dir: str | Path) -> WeightPro
     return WeightProgram(rules=dict(in_file_order), aliases=aliases)
 
 
+def foreseen_program(model: PreTrainedModel) -> WeightProgram | None:
+    """The program for a checkpoint that stores each parameter under the model's own name, tied ones once.
+
+    So transformers saves most models. None for a model whose published tensors are converted (experts stored apart, a
+    fused QKV): names and shapes cannot be known then without the checkpoint.
+    """
+    parameters = _parameters(model)
+    conversion = convert_names(model, {names[0]: tuple(parameter.shape) for names, parameter in parameters})
+    rules, aliases = {}, {}
+    for names, parameter in parameters:
+        if conversion.values.get(names[0]) != Load(names[0]):
+            return None
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        rules[names[0]] = ParameterRule(Load(names[0]), tuple(parameter.shape), dtype)
+        aliases.update(dict.fromkeys(names[1:], names[0]))
+    return None if conversion.problems or _stores_converted(model) else WeightProgram(rules=rules, aliases=aliases)
+
+
+def _stores_converted(model: PreTrainedModel) -> bool:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    return any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model) or ())
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Every further name of a parameter that has several."""
+    return {name for names, _ in _parameters(model) for name in names[1:]}
+
+
 def load_parameters(
     model: PreTrainedModel, model_dir: str | Path, progress: Progress = no_progress
 ) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
+from graphserve.artifacts import ArtifactStore
 from graphserve.kernels import register_all
 from graphserve.kernels.cpu import (
     ArgSpec,
@@ -154,24 +154,27 @@ class CppBackend:
     Args:
         kernel_plan: from :func:`lower_to_cpp`.
         weights: the runner's weights; packed ones are replaced by shapes without data.
-        store_dir: where compiled libraries are kept.
+        store: where compiled libraries are kept.
 
     Raises:
         CompileError: a kernel is not in the store and cannot be compiled.
     """
 
-    def __init__(self, kernel_plan: KernelPlan, weights: dict[str, torch.Tensor], store_dir: Path) -> None:
-        self.replace_kernels(kernel_plan, store_dir)
+    def __init__(self, kernel_plan: KernelPlan, weights: dict[str, torch.Tensor], store: ArtifactStore) -> None:
+        self.replace_kernels(kernel_plan, store)
         self._packed = self._pack(weights)
         self.table_lens: list[int] = []
 
-    def replace_kernels(self, kernel_plan: KernelPlan, store_dir: Path) -> None:
+    def replace_kernels(self, kernel_plan: KernelPlan, store: ArtifactStore) -> None:
         """Use other kernels for the same weights (another block size)."""
         self._kernel_plan = kernel_plan
         with phase("compile C++ kernels") as work:
             distinct = {k.key: k for k in kernel_plan.kernels.values()}
-            self._library = build(list(distinct.values()), store_dir, lambda done, total, name: work.advance())
+            self._library = build(list(distinct.values()), store, lambda done, total, name: work.advance())
             work.note = f"{len(distinct)} kernels for {len(kernel_plan.kernels)} launches"
+            if misses := self._library.misses:
+                reasons = ", ".join(dict.fromkeys(misses))
+                work.note += f"; {reasons}; built {len(misses)} libraries"
         self._functions = {k.symbol: self._library.function_pointer(k.symbol) for k in distinct.values()}
 
     def _pack(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from graphserve.errors import DeviceError
+from graphserve.kernels.triton.compiled import CompiledKernel
 from graphserve.kernels.triton.grid import grid_size
 from graphserve.kernels.triton.kernel import TritonArgument, TritonKernel
 from graphserve.runtime.cubin import KernelParameter, kernel_parameters
@@ -22,9 +22,6 @@ from graphserve.runtime.cuda_driver import (
     LaunchAttribute,
     LaunchConfig,
 )
-
-if TYPE_CHECKING:
-    from graphserve.kernels.triton.compile import CompiledKernel  # imports triton, which a warm start must not
 
 _DEFAULT_SHARED_BYTES = 48 * 1024  # more needs the function attribute
 _WARP = 32

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from graphserve.errors import ConfigError
+from graphserve.artifacts import ArtifactStore, open_store
+from graphserve.errors import CompileError, ConfigError
 from graphserve.kernels import register_all
-from graphserve.kernels.cpu import compiler
-from graphserve.plan.cache_dir import cache_dir
 from graphserve.plan.runner import PlanRunner, StepSize
 from graphserve.plan.schema import Plan
 from graphserve.progress import phase
@@ -36,7 +35,8 @@ class ModelRunner:
         parameters: (name, tensor) of the model's parameters, as a dict or a stream that is read once.
         constants: the plan's constants (``BuildResult.constants``).
         backend: ``reference`` runs every launch as plain torch; ``cpp`` uses generated C++ where there is a kernel;
-            ``auto`` is ``cpp`` if there is a C++ compiler, else ``reference``.
+            ``auto`` is ``cpp`` if the kernels are stored or can be built, else ``reference`` with a warning.
+        store: where compiled kernels are kept; the user's cache by default.
 
     ``close`` gives all memory back; the runner is then unusable.
     """
@@ -48,6 +48,7 @@ class ModelRunner:
         constants: dict[str, torch.Tensor] | None = None,
         device: torch.device | str = "cpu",
         backend: Backend = "auto",
+        store: ArtifactStore | None = None,
     ) -> None:
         register_all()
         self.plan = plan
@@ -57,7 +58,9 @@ class ModelRunner:
         self.weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
         self.kv_cache: KVCache | None = None
         self._weights = weights
-        self._is_cpp = self._choose(backend)
+        self._store = store if store is not None else open_store()
+        self._backend = backend
+        self._is_cpp = backend != "reference" and self.device.type == "cpu"
         self._is_triton = backend != "reference" and self.device.type == "cuda"
         self._cpp: CppBackend | None = None
         self._triton: TritonBackend | None = None
@@ -87,31 +90,28 @@ class ModelRunner:
         elif self._is_triton:
             self._use_triton()
 
-    def _choose(self, backend: Backend) -> bool:
-        """Whether to run generated C++."""
-        if backend == "reference" or self.device.type != "cpu":
-            return False
-        if backend == "auto" and compiler() is None:
-            logger.warning(
-                "no C++ compiler found (g++ or clang++ on PATH, or $CXX): plain torch runs instead, which is slower"
-            )
-            return False
-        return True
-
     def _use_cpp(self) -> None:
         """Switch launches to generated C++ for the pool's block size."""
         assert self.kv_cache is not None
         kernel_plan = lower_to_cpp(self.plan, self.kv_cache)
-        if self._cpp is None:
-            self._cpp = CppBackend(kernel_plan, self._weights, cache_dir() / "cpp")
-        else:
-            self._cpp.replace_kernels(kernel_plan, cache_dir() / "cpp")
+        try:
+            if self._cpp is None:
+                self._cpp = CppBackend(kernel_plan, self._weights, self._store)
+            else:
+                self._cpp.replace_kernels(kernel_plan, self._store)
+        except CompileError as error:
+            # Once weights are packed for kernels, plain torch could not read them.
+            if self._backend != "auto" or self._cpp is not None:
+                raise
+            logger.warning("plain torch runs instead of generated C++, which is slower: %s", error)
+            self._is_cpp = False
+            return
         self._cpp.table_lens = [self._block_table_len] * len(self.plan.cache_groups)
         self._runner.set_plan(kernel_plan.plan, {"cpp": self._cpp})
 
     def _use_triton(self) -> None:
         """Switch launches to generated Triton kernels, compiled for this device."""
-        from graphserve.kernels.triton.compile import compile_for
+        from graphserve.kernels.triton.compiled import find_or_compile_kernels
         from graphserve.runtime.cuda_driver import CudaDriver
         from graphserve.runtime.triton_backend import TritonBackend, target_of
         from graphserve.runtime.triton_plan import lower_to_triton
@@ -123,10 +123,7 @@ class ModelRunner:
         lowered = lower_to_triton(self.plan, self.kv_cache, target)
         kernels = lowered.distinct_kernels()
         with phase("compile Triton kernels", total=len(kernels), unit="kernels") as work:
-            compiled = {}
-            for key, kernel in kernels.items():
-                compiled[key] = compile_for(kernel, target)
-                work.advance()
+            compiled = find_or_compile_kernels(kernels, target, self._store, lambda done, total: work.advance())
         driver = CudaDriver()
         driver.use_device(self.device.index or 0)
         self._triton = TritonBackend(lowered, compiled, driver, self.device)

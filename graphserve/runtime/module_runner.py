@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 import torch
 
+from graphserve.artifacts import open_store
 from graphserve.kernels.cpu import compiler
+from graphserve.kernels.triton.compiled import find_or_compile_kernels
 from graphserve.plan.arena import ALIGNMENT
-from graphserve.plan.cache_dir import cache_dir
 from graphserve.plan.module_plan import ModulePlan, Output, Size
 from graphserve.plan.runner import Binder, PlanRunner, StepSize
 from graphserve.plan.schema import Plan
@@ -69,7 +70,7 @@ class ModuleRunner:
         binders: dict[str, Binder] = {"library": LibraryBackend()}
         if compiler() is not None:
             lowered = lower_to_cpp(plan, no_cache)
-            binders["cpp"] = CppBackend(lowered, {}, cache_dir() / "cpp")
+            binders["cpp"] = CppBackend(lowered, {}, open_store())
             plan = lowered.plan
         launches = [
             msgspec.structs.replace(launch, kind="library", kernel="torch.mm")
@@ -80,7 +81,6 @@ class ModuleRunner:
         return msgspec.structs.replace(plan, launches=launches), binders
 
     def _lower_to_triton(self, plan: Plan, no_cache: KVCache) -> tuple[Plan, dict[str, Binder]]:
-        from graphserve.kernels.triton.compile import compile_for
         from graphserve.runtime.cuda_driver import CudaDriver
         from graphserve.runtime.triton_backend import TritonBackend, target_of
         from graphserve.runtime.triton_plan import lower_to_triton
@@ -88,7 +88,7 @@ class ModuleRunner:
         assert self._stream is not None
         target = target_of(torch.cuda.get_device_capability(self._device))
         lowered = lower_to_triton(plan, no_cache, target)
-        compiled = {key: compile_for(kernel, target) for key, kernel in lowered.distinct_kernels().items()}
+        compiled = find_or_compile_kernels(lowered.distinct_kernels(), target, open_store())
         driver = CudaDriver()
         driver.use_device(self._device.index or 0)
         backend = TritonBackend(lowered, compiled, driver, self._device, self._stream.cuda_stream)

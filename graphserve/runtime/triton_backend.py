@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
 from graphserve.errors import DeviceError
+from graphserve.kernels.triton.compiled import CompiledKernel
 from graphserve.kernels.triton.grid import evaluate
 from graphserve.kernels.triton.kernel import TARGETS, TritonKernel
 from graphserve.plan.runner import Action, PlanRunner, StepSize
@@ -17,9 +17,6 @@ from graphserve.runtime.cuda_launcher import CudaLaunch, CudaLauncher
 from graphserve.runtime.launch_specs import op_name, tensor_names, value_name
 from graphserve.runtime.library_calls import bind_product
 from graphserve.runtime.triton_plan import TritonPlan
-
-if TYPE_CHECKING:
-    from graphserve.kernels.triton.compile import CompiledKernel
 
 # Above this many rows a product is no longer bound by reading the weight, and cuBLAS is at its best.
 MAX_GEMV_ROWS = 16

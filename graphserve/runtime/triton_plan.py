@@ -11,8 +11,10 @@ from typing import Any
 
 import msgspec
 
+from graphserve.artifacts import open_store
 from graphserve.kernels import register_all
 from graphserve.kernels.arg_spec import ArgSpec, Refusal
+from graphserve.kernels.triton.compiled import CompiledKernel, find_or_compile_kernels
 from graphserve.kernels.triton.generate import generate
 from graphserve.kernels.triton.kernel import TritonKernel
 from graphserve.plan.schema import Launch, Plan
@@ -102,14 +104,6 @@ def _generate(launch: Launch, specs: dict[str, ArgSpec], target: str) -> list[Tr
 
 def compile_kernels(
     plan: TritonPlan, target: str, progress: Callable[[int, int], None] | None = None
-) -> dict[str, object]:
-    """Compile each distinct kernel of a plan for ``target``: key → ``CompiledKernel``. Needs triton, no GPU."""
-    from graphserve.kernels.triton.compile import compile_for
-
-    distinct = plan.distinct_kernels()
-    compiled: dict[str, object] = {}
-    for done, (key, kernel) in enumerate(distinct.items(), start=1):
-        compiled[key] = compile_for(kernel, target)
-        if progress is not None:
-            progress(done, len(distinct))
-    return compiled
+) -> dict[str, CompiledKernel]:
+    """Compile each distinct kernel of a plan for ``target``, by key. Needs triton unless all are stored, and no GPU."""
+    return find_or_compile_kernels(plan.distinct_kernels(), target, open_store(), progress)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from cpu_kernel_cases import Case, assert_close
 
+from graphserve.artifacts import ArtifactStore
 from graphserve.kernels.cpu import available_levels, build, compiler
 
 
 @pytest.fixture(scope="session")
-def kernel_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kernel_store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
     """Where the suite keeps compiled kernels."""
-    return tmp_path_factory.mktemp("kernels")
+    return ArtifactStore(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="session", params=["core", pytest.param("all", marks=pytest.mark.full)])
-def check_cases(request: pytest.FixtureRequest, kernel_store: Path) -> Callable[..., None]:
+def check_cases(request: pytest.FixtureRequest, kernel_store: ArtifactStore) -> Callable[..., None]:
     """Build cases, run each on 1 and 2 threads, compare with the reference.
 
     The processor's best ISA level runs every case, the other levels those whose name begins with one of ``core``

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from cpu_kernel_cases import Case, assert_close
 
-from graphserve.errors import CompileError
+from graphserve.artifacts import ArtifactStore
+from graphserve.errors import CacheMissError, CompileError
 from graphserve.kernels.cpu import (
     ISA_LEVELS,
     ArgSpec,
@@ -77,42 +81,66 @@ def test_dimensions_become_cpp_expressions() -> None:
 @needs_compiler
 def test_a_stored_library_is_loaded_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    first = build([norm_kernel()], tmp_path, progress=lambda done, total, name: seen.append(f"{done}/{total} {name}"))
+    store = ArtifactStore(tmp_path)
+    first = build([norm_kernel()], store, progress=lambda done, total, name: seen.append(f"{done}/{total} {name}"))
     assert [line.split()[0] for line in seen] == ["1/2", "2/2"]
     times = {path: path.stat().st_mtime_ns for path in first.paths}
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.delenv("CXX", raising=False)
     assert compiler() is None
-    second = build([norm_kernel()], tmp_path)
-    assert second.paths == first.paths
+    strict = ArtifactStore(tmp_path, is_strict=True)
+    second = build([norm_kernel()], strict)
+    assert second.paths == first.paths and not second.misses and not strict.built
     assert times == {path: path.stat().st_mtime_ns for path in second.paths}, "a stored library was built again"
     assert second.function_pointer(norm_kernel().symbol)
     with pytest.raises(CompileError, match="no C\\+\\+ compiler was found: install"):
-        build([norm_kernel(1e-3)], tmp_path)
+        build([norm_kernel(1e-3)], store)
+    with pytest.raises(CacheMissError, match="norm .*strict_compile_cache .* run graphserve warmup"):
+        build([norm_kernel(1e-3)], strict)
 
 
 @needs_compiler
-def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
-    library = build([norm_kernel()], tmp_path / "made")
-    copy = tmp_path / "copied"
-    copy.mkdir()
-    for path in library.paths:
-        (copy / path.name).write_bytes(b"not a library")
-        (copy / path.with_suffix(".json").name).write_bytes(path.with_suffix(".json").read_bytes())
-    assert build([norm_kernel()], copy).function_pointer(norm_kernel().symbol)
-    assert not list(copy.glob("*.tmp"))
+def test_another_compiler_builds_again_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ArtifactStore(tmp_path)
+    build([norm_kernel()], store)
+    module = importlib.import_module("graphserve.kernels.cpu.build")
+    monkeypatch.setattr(module, "compiler_version", lambda: "g++ (Distribution 99.1.0-2) 99.1.0")
+    assert not build([norm_kernel()], ArtifactStore(tmp_path, is_strict=True)).misses, "loading needs no compiler"
+    assert all(re.fullmatch(r"miss: C\+\+ compiler [\d.]+ → 99.1.0", m) for m in build([norm_kernel()], store).misses)
+    assert len(store.built) == 4 and not build([norm_kernel()], store).misses
+
+
+@needs_compiler
+def test_a_damaged_library_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build([norm_kernel()], ArtifactStore(tmp_path / "made"))
+    shutil.copytree(tmp_path / "made", tmp_path / "copied")
+    for path in (tmp_path / "copied").rglob("library.so"):
+        path.write_bytes(b"not a library")
+    store = ArtifactStore(tmp_path / "copied")
+    assert build([norm_kernel()], store).function_pointer(norm_kernel().symbol)
+    assert caplog.text.count("library.so fails its checksum") == 2
+    assert len(list((tmp_path / "copied" / "quarantine").iterdir())) == 2
+    assert not list((tmp_path / "copied" / "tmp").iterdir())
+
+
+@needs_compiler
+def test_the_folder_and_the_time_are_not_in_what_is_built(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        build([norm_kernel()], ArtifactStore(tmp_path / name))
+    one, other = ({p.parent.name: p.read_bytes() for p in (tmp_path / n).rglob("library.so")} for n in ("one", "other"))
+    assert one == other and not any(str(tmp_path).encode() in data for data in one.values())
 
 
 @needs_compiler
 def test_a_compiler_error_is_reported_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "g++ --no-such-flag")
     with pytest.raises(CompileError, match="no-such-flag"):
-        build([norm_kernel()], tmp_path)
-    assert not list(tmp_path.glob("*.so"))
+        build([norm_kernel()], ArtifactStore(tmp_path))
+    assert not list(tmp_path.rglob("*.so"))
 
 
 @needs_compiler
-def test_kernels_use_the_openmp_runtime_torch_has_loaded(kernel_store: Path) -> None:
+def test_kernels_use_the_openmp_runtime_torch_has_loaded(kernel_store: ArtifactStore) -> None:
     def runtimes() -> set[str]:
         maps = Path("/proc/self/maps").read_text().splitlines()
         return {line.split()[-1] for line in maps if "/libgomp" in line or "/libomp" in line or "/libiomp" in line}
@@ -124,13 +152,13 @@ def test_kernels_use_the_openmp_runtime_torch_has_loaded(kernel_store: Path) -> 
 
 
 @needs_compiler
-def test_an_unknown_symbol_is_named(kernel_store: Path) -> None:
+def test_an_unknown_symbol_is_named(kernel_store: ArtifactStore) -> None:
     with pytest.raises(KeyError, match="gs_nothing"):
         build([norm_kernel()], kernel_store).function_pointer("gs_nothing")
 
 
 @needs_compiler
-def test_a_sequence_runs_its_calls_in_order_over_the_rows_of_the_step(kernel_store: Path) -> None:
+def test_a_sequence_runs_its_calls_in_order_over_the_rows_of_the_step(kernel_store: ArtifactStore) -> None:
     kernel = generate("gs.activation", {"act": "relu"}, [ROW], [ROW], isa_level())
     square = generate("gs.act_mul", {"act": "none"}, [ROW, ROW], [ROW], isa_level())
     assert isinstance(kernel, CppKernel) and isinstance(square, CppKernel)

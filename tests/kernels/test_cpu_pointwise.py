@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from graphserve.artifacts import ArtifactStore
 from graphserve.kernels.arg_spec import ArgSpec, Refusal
 from graphserve.kernels.cpu import build, compiler, generate, isa_level
 from graphserve.kernels.pointwise_program import GROUP_OPS, ROW_OPS, Instruction, PointwiseProgram
@@ -64,7 +64,7 @@ def group(name: str, text: str, *inputs: Tensor, dynamic: dict[tuple[int | str, 
     return Group(name, "pointwise", {"program": text}, list(inputs), dynamic, {"T": tokens}, rounding=2.0)
 
 
-def run(cases: list[Group], store: Path) -> list[tuple[Group, list[Tensor], list[Tensor]]]:
+def run(cases: list[Group], store: ArtifactStore) -> list[tuple[Group, list[Tensor], list[Tensor]]]:
     """Each case with its kernel's results and the expected ones, on two threads."""
     if compiler() is None:
         pytest.skip("needs a C++ compiler")
@@ -141,7 +141,7 @@ def _assert_same(case: Group, actual: list[Tensor], expected: list[Tensor]) -> N
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
 
 
-def test_integers_and_truth_are_bit_exact(kernel_store: Path) -> None:
+def test_integers_and_truth_are_bit_exact(kernel_store: ArtifactStore) -> None:
     cases = []
     torch.manual_seed(0)
     for dtype in INTEGERS:
@@ -165,7 +165,7 @@ def test_integers_and_truth_are_bit_exact(kernel_store: Path) -> None:
         _assert_same(case, actual, expected)
 
 
-def test_masks_and_comparisons_of_floats_are_bit_exact(kernel_store: Path) -> None:
+def test_masks_and_comparisons_of_floats_are_bit_exact(kernel_store: ArtifactStore) -> None:
     truth, cases = typed("bool"), []
     torch.manual_seed(0)
     for dtype in ("float32", "bfloat16"):
@@ -194,7 +194,7 @@ def test_masks_and_comparisons_of_floats_are_bit_exact(kernel_store: Path) -> No
             assert torch.equal(got != got, wanted != wanted), (case.name, number)
 
 
-def test_bf16_is_rounded_after_every_op_and_fp32_is_not_fused(kernel_store: Path) -> None:
+def test_bf16_is_rounded_after_every_op_and_fp32_is_not_fused(kernel_store: ArtifactStore) -> None:
     cases = []
     torch.manual_seed(0)
     for dtype in ("float32", "bfloat16"):
@@ -223,7 +223,7 @@ def test_each_op_alone(check_cases) -> None:
     check_cases([*cases, group("soft cap", softcap, far)], core=("soft cap", "each"))
 
 
-def test_functions_hold_at_the_ends_of_their_range(kernel_store: Path) -> None:
+def test_functions_hold_at_the_ends_of_their_range(kernel_store: ArtifactStore) -> None:
     ends = torch.tensor([[0.0, -0.0, 1e-30, -1e-5, 1e-5, 20.0, 88.6, 89.0, 1e30, float("inf"), float("nan")]])
     names = ("exp", "tanh", "expm1", "sigmoid", "silu", "relu", "erf")
     text = program(1, *((f"{name}.default", 0) for name in names), results=tuple(range(1, 1 + len(names))))
@@ -264,7 +264,7 @@ def programs(draw: st.DrawFn) -> tuple[str, str, int, int, int]:
 @settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(programs(), min_size=8, max_size=8))
 def test_any_program_gives_what_its_calls_give_one_by_one(
-    kernel_store: Path, made: list[tuple[str, str, int, int, int]]
+    kernel_store: ArtifactStore, made: list[tuple[str, str, int, int, int]]
 ) -> None:
     cases = []
     for text, dtype, tokens, width, seed in made:
@@ -277,7 +277,7 @@ def test_any_program_gives_what_its_calls_give_one_by_one(
         torch.testing.assert_close(actual[0].float(), expected[0].float(), rtol=tolerance, atol=tolerance * scale)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(kernel_store: Path) -> None:
+def test_a_row_does_not_depend_on_the_rows_beside_it(kernel_store: ArtifactStore) -> None:
     text = program(2, ("_softmax.default", 0, {"number": -1}, False), ("mul.Tensor", 2, 1), ("tanh.default", 3))
     x, scale = torch.randn(64, 300), torch.randn(300)
     whole, one = (group("rows", text, rows, scale) for rows in (x, x[63:]))

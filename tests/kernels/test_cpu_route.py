@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from graphserve.artifacts import ArtifactStore
 from graphserve.kernels.arg_spec import ArgSpec, Refusal
 from graphserve.kernels.cpu import build, compiler, generate, isa_level
 from graphserve.kernels.route import NORMALIZE, SCORES
@@ -27,7 +27,7 @@ def route_case(name: str, logits: Tensor, bias: Tensor | None = None, **attrs: A
     return Case(name, "route", PLAIN | attrs, [logits, bias], dynamic, {"T": logits.shape[0]})
 
 
-def check(cases: list[Case], store: Path) -> None:
+def check(cases: list[Case], store: ArtifactStore) -> None:
     """Ids equal those of the reference, weights are close, on two threads."""
     if compiler() is None:
         pytest.skip("needs a C++ compiler")
@@ -61,7 +61,7 @@ def test_the_routers_of_known_models_at_every_isa_level(check_cases) -> None:
 
 
 @pytest.mark.parametrize("experts", [4, 130])
-def test_of_equal_choices_the_reference_s_are_taken(kernel_store: Path, experts: int) -> None:
+def test_of_equal_choices_the_reference_s_are_taken(kernel_store: ArtifactStore, experts: int) -> None:
     torch.manual_seed(experts)
     cases = []
     for top_k in sorted({1, 2, experts // 2, experts}):
@@ -99,11 +99,11 @@ def routers(draw: st.DrawFn) -> Case:
 
 @settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(routers(), min_size=5, max_size=5))
-def test_any_router_gives_what_the_reference_gives(kernel_store: Path, cases: list[Case]) -> None:
+def test_any_router_gives_what_the_reference_gives(kernel_store: ArtifactStore, cases: list[Case]) -> None:
     check(cases, kernel_store)
 
 
-def test_logits_that_are_not_numbers_are_chosen_first_as_the_reference_does(kernel_store: Path) -> None:
+def test_logits_that_are_not_numbers_are_chosen_first_as_the_reference_does(kernel_store: ArtifactStore) -> None:
     logits = torch.randn(6, 40)
     logits[0, 7] = logits[2, 3] = logits[2, 9] = float("nan")
     logits[1, :38], logits[3] = float("-inf"), float("-inf")
@@ -111,7 +111,7 @@ def test_logits_that_are_not_numbers_are_chosen_first_as_the_reference_does(kern
     check([route_case("ends", logits, top_k=4, scores="none", normalize="none")], kernel_store)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(kernel_store: Path) -> None:
+def test_a_row_does_not_depend_on_the_rows_beside_it(kernel_store: ArtifactStore) -> None:
     logits = torch.randn(64, 100)
     whole, one = (route_case("rows", rows, top_k=5, normalize="sum") for rows in (logits, logits[63:]))
     kernel = whole.kernel(isa_level())

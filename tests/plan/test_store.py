@@ -1,20 +1,26 @@
-"""Stored plans: found only under the same factors, never used damaged."""
+"""Plans and weight programs: what was saved is loaded, and nothing else."""
 
-import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from graphserve.artifacts import ArtifactStore
 from graphserve.models.weight_program import Load, ParameterRule, WeightProgram
 from graphserve.plan.schema import CacheGroup, CacheSpec, Launch, Plan, TensorSpec, WeightPart, WeightSpec
-from graphserve.plan.store import PlanStore, StoredPlan, plan_key
+from graphserve.plan.store import CompiledPlan, load_plan, load_weight_program, save_plan, save_weight_program
 
 FACTORS = {"config": "abc", "torch": "2.13.0"}
 
 
 @pytest.fixture
-def stored() -> StoredPlan:
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(tmp_path)
+
+
+@pytest.fixture
+def compiled() -> CompiledPlan:
     plan = Plan(
         {"vocab_size": 4, "max_model_len": 8},
         [
@@ -30,59 +36,31 @@ def stored() -> StoredPlan:
         ("y",),
         [],
     )
+    return CompiledPlan(plan, {"inv_freq": torch.arange(4.0)})
+
+
+def test_what_was_saved_is_loaded(store: ArtifactStore, compiled: CompiledPlan) -> None:
+    assert load_plan(store, FACTORS) is None
+    assert save_plan(store, FACTORS, compiled) is not None
+    found = load_plan(store, FACTORS)
+    assert found is not None and found.plan == compiled.plan
+    assert torch.equal(found.constants["inv_freq"], compiled.constants["inv_freq"])
+    assert load_plan(store, {**FACTORS, "torch": "other"}) is None
+
+
+def test_a_weight_program_survives(store: ArtifactStore) -> None:
     program = WeightProgram({"p": ParameterRule(Load("t"), (4, 4), "float32")}, {"q": "p"})
-    return StoredPlan(plan, program, {"inv_freq": torch.arange(4.0)})
-
-
-def test_what_was_saved_is_loaded(tmp_path: Path, stored: StoredPlan) -> None:
-    store = PlanStore(tmp_path)
-    assert store.load(FACTORS) is None
-    store.save(FACTORS, stored)
-    found = store.load(FACTORS)
-    assert found is not None
-    assert found.plan == stored.plan and found.weight_program == stored.weight_program
-    assert torch.equal(found.constants["inv_freq"], stored.constants["inv_freq"])
-
-
-@pytest.mark.parametrize("factor", sorted(FACTORS))
-def test_each_factor_changes_the_key(tmp_path: Path, stored: StoredPlan, factor: str) -> None:
-    store = PlanStore(tmp_path)
-    store.save(FACTORS, stored)
-    assert store.load({**FACTORS, factor: "other"}) is None
-    assert plan_key(FACTORS) == plan_key(dict(reversed(FACTORS.items())))
-
-
-@pytest.mark.parametrize("name", ["plan.json", "weights.json", "constants.safetensors"])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_entry_is_not_used_and_can_be_replaced(
-    tmp_path: Path, stored: StoredPlan, name: str, damage: str
-) -> None:
-    store = PlanStore(tmp_path)
-    folder = store.save(FACTORS, stored)
-    assert folder is not None
-    data = bytearray((folder / name).read_bytes())
-    if damage == "flip":
-        data[len(data) // 2] ^= 1
-        (folder / name).write_bytes(data)
-    elif damage == "truncate":
-        (folder / name).write_bytes(data[:-3])
-    else:
-        (folder / name).unlink()
-    assert store.load(FACTORS) is None
-    store.save(FACTORS, stored)
-    assert store.load(FACTORS) is not None
-
-
-def test_no_file_of_an_entry_names_its_place(tmp_path: Path, stored: StoredPlan) -> None:
-    folder = PlanStore(tmp_path).save(FACTORS, stored)
-    assert folder is not None
-    assert all(str(tmp_path).encode() not in path.read_bytes() for path in folder.iterdir())
-    assert json.loads((folder / "manifest.json").read_text())["factors"] == FACTORS
+    save_weight_program(store, FACTORS, program)
+    assert load_weight_program(store, FACTORS) == program
 
 
 def test_a_store_that_cannot_be_written_costs_only_a_warning(
-    tmp_path: Path, stored: StoredPlan, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, compiled: CompiledPlan, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "plans").write_text("a file where the folder should be")
-    assert PlanStore(tmp_path).save(FACTORS, stored) is None
-    assert "could not be stored" in caplog.text
+    (tmp_path / "plan").write_text("a file where the folder should be")
+    store = ArtifactStore(tmp_path)
+    assert save_plan(store, FACTORS, compiled) is not None and "kept for this run only" in caplog.text
+    assert load_plan(store, FACTORS) is not None, "what could not be stored serves this run"
+    assert load_plan(ArtifactStore(tmp_path), FACTORS) is None
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert save_plan(ArtifactStore(tmp_path), FACTORS, compiled) is None and "could not be stored" in caplog.text

@@ -1,14 +1,16 @@
 """Generated C++ behind a plan: the same logits as the reference launches, one copy of each weight."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.coverage_check import PackedRun
+from graphserve.artifacts import ArtifactStore
 from graphserve.compiler.build import BuildResult
 from graphserve.kernels.cpu import available_levels, compiler
-from graphserve.runtime import cpp_backend, model_runner
+from graphserve.runtime import cpp_backend
 from graphserve.runtime.cpp_backend import lower_to_cpp
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.model_runner import ModelRunner
@@ -86,13 +88,16 @@ def test_without_a_compiler_the_references_run_and_one_line_says_so(
     llama: tuple[BuildResult, dict[str, torch.Tensor]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
     built, parameters = llama
-    monkeypatch.setattr(model_runner, "compiler", lambda: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    runner = ModelRunner(built.plan, parameters, built.constants, store=ArtifactStore(tmp_path))
     with caplog.at_level(logging.WARNING):
-        runner = ModelRunner(built.plan, parameters, built.constants)
-    runner.allocate_kv_cache(4, 16)
-    assert {launch.kind for launch in runner.plan.launches} == {"reference", "view"}
+        runner.allocate_kv_cache(4, 16)
+    assert {launch.kind for launch in runner.executed_plan.launches} == {"reference", "view"}
+    assert len(logits(runner)) > 0
     assert [r.message for r in caplog.records if "no C++ compiler" in r.message]
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from graphserve.artifacts import ArtifactStore
 from graphserve.compiler.warmup import run_warmup
 from graphserve.config import EngineConfig
 from graphserve.demo import demo_path
-from graphserve.plan.store import PlanStore
-from graphserve.runtime import load
-from graphserve.runtime.load import find_or_compile, key_factors, load_model
+from graphserve.errors import CacheMissError
+from graphserve.models.checkpoint import Checkpoint
+from graphserve.runtime.find_plan import find_or_compile, plan_factors, weight_factors
+from graphserve.runtime.load import load_model
 
 
 @pytest.fixture(scope="module")
@@ -21,28 +23,31 @@ def store_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_warmup_stores_everything_and_check_agrees(store_root: Path) -> None:
-    report = run_warmup(EngineConfig(), output=store_root, check=True)
-    assert report.is_complete and "plan of" in str(report)
+def test_a_stored_plan_is_used_instead_of_a_compilation(store_root: Path) -> None:
+    strict = ArtifactStore(store_root, is_strict=True)
+    found = find_or_compile(EngineConfig(), demo_path(), strict)
+    assert found.compiled.plan.launches and found.weight_program is not None and not strict.built
 
 
-def test_check_names_what_is_missing_and_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "compile_model", lambda *a: pytest.fail("compiled although --check was given"))
-    report = run_warmup(EngineConfig(), output=tmp_path, check=True)
-    assert not report.is_complete and "plan for demo" in report.missing[0]
+def test_a_strict_store_compiles_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(CacheMissError, match="the plan of demo"):
+        find_or_compile(EngineConfig(), demo_path(), ArtifactStore(tmp_path, is_strict=True))
 
 
-def test_a_stored_plan_is_used_instead_of_a_compilation(store_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "compile_model", lambda *a: pytest.fail("compiled although the plan is stored"))
-    stored = find_or_compile(EngineConfig(), demo_path(), PlanStore(store_root))
-    assert stored.plan.launches
-
-
-@pytest.mark.parametrize("option", [{"dtype": "float32"}, {"max_model_len": 64}])
+@pytest.mark.parametrize("option", [{"dtype": "bfloat16"}, {"max_model_len": 64}, {"quantization": "int8_w8a8"}])
 def test_options_that_change_the_plan_change_its_key(option: dict[str, object]) -> None:
     folder = demo_path()
-    assert key_factors(EngineConfig.from_kwargs(**option), folder) != key_factors(EngineConfig(), folder)
-    assert key_factors(EngineConfig(max_num_seqs=3), folder) == key_factors(EngineConfig(), folder)
+    assert plan_factors(EngineConfig.from_kwargs(**option), folder, None) != plan_factors(EngineConfig(), folder, None)
+    assert plan_factors(EngineConfig(max_num_seqs=3), folder, None) == plan_factors(EngineConfig(), folder, None)
+    names = [plan_factors(EngineConfig.from_kwargs(dtype=name), folder, None) for name in ("float", "float32")]
+    assert names[0] == names[1]
+
+
+def test_the_layout_of_the_checkpoint_keys_its_weight_program_alone(tmp_path: Path) -> None:
+    factors = plan_factors(EngineConfig(), demo_path(), None)
+    one = weight_factors(factors, {"a": (2, 3)})
+    assert one != weight_factors(factors, {"a": (3, 2)}) and one != weight_factors(factors, {"b": (2, 3)})
+    assert plan_factors(EngineConfig(), demo_path(), Checkpoint.open(demo_path())) == factors
 
 
 def test_a_warm_start_imports_neither_transformers_nor_dynamo(store_root: Path) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import logging
-import os
+import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from graphserve.artifacts.difference import explain_miss
+from graphserve.artifacts.store import Artifact, ArtifactStore
 from graphserve.errors import CompileError
 from graphserve.kernels.cpu.compiler import (
     COMMON_FLAGS,
@@ -27,15 +30,23 @@ from graphserve.kernels.cpu.kernel import CppKernel, template, translation_unit
 logger = logging.getLogger(__name__)
 
 MAX_COMPILE_JOBS = 2
+LIBRARY_FILE, SOURCE_FILE = "library.so", "source.cpp"
 Progress = Callable[[int, int, str], None]  # libraries done, libraries in all, name
+
+_VERSION = re.compile(r"\d+(\.\d+)+")
 
 
 class Library:
-    """Loaded kernels. Invariant: every symbol asked for was built from the kernels given to :func:`build`."""
+    """Loaded kernels. Invariant: every symbol asked for was built from the kernels given to :func:`build`.
 
-    def __init__(self, paths: list[Path]) -> None:
+    Attributes:
+        misses: one phrase for each library that was not taken from the store.
+    """
+
+    def __init__(self, paths: list[Path], handles: list[ctypes.CDLL], misses: list[str]) -> None:
         self.paths = paths
-        self._handles = [ctypes.CDLL(str(path)) for path in paths]
+        self.misses = misses
+        self._handles = handles
 
     def function_pointer(self, symbol: str) -> int:
         """Address of a kernel.
@@ -47,125 +58,154 @@ class Library:
             function = getattr(handle, symbol, None)
             if function is not None:
                 return ctypes.cast(function, ctypes.c_void_p).value or 0
-        raise KeyError(f"kernel {symbol} is in none of the loaded libraries: {', '.join(p.name for p in self.paths)}")
+        raise KeyError(f"kernel {symbol} is in none of the loaded libraries: {', '.join(map(str, self.paths))}")
 
 
-def build(kernels: list[CppKernel], store_dir: Path, progress: Progress | None = None) -> Library:
+def build(
+    kernels: list[CppKernel], store: ArtifactStore, progress: Progress | None = None, num_jobs: int = MAX_COMPILE_JOBS
+) -> Library:
     """Compile what the store lacks and load all of it.
 
-    Kernels are grouped by ISA level and template family, one library a group, named by the hash of source and flags.
-    A library in the store is used as it is unless another compiler version is at hand; it needs no compiler.
+    Kernels are grouped by ISA level and template family, one library a group. A library in the store is used as it is
+    unless another compiler version is at hand and the store can be written; it needs no compiler.
 
     Args:
         kernels: kernels to build; repeated keys are built once.
-        store_dir: folder of the libraries, created when missing.
         progress: called after each library with (done, total, name).
+        num_jobs: compilers that run at a time.
 
     Raises:
         CompileError: a needed library is missing and there is no compiler, or the compiler failed.
+        CacheMissError: a needed library is missing and the store is strict.
     """
-    store_dir.mkdir(parents=True, exist_ok=True)
-    openmp = openmp_runtime()
-    units: list[_StoredLibrary] = [_Unit(group, store_dir, openmp) for group in _groups(kernels)] + [
-        _SequenceUnit(store_dir)
-    ]
-    with ThreadPoolExecutor(MAX_COMPILE_JOBS) as pool:
-        for done, _ in enumerate(pool.map(lambda unit: unit.ensure(), units), start=1):
+    units = _units(kernels)
+    loaded: list[tuple[Path, ctypes.CDLL]] = []
+    with ThreadPoolExecutor(num_jobs) as pool:
+        for done, pair in enumerate(pool.map(lambda unit: unit.load(store), units), start=1):
+            loaded.append(pair)
             if progress is not None:
                 progress(done, len(units), units[done - 1].name)
-    return Library([unit.path for unit in units])
+    misses = [unit.miss for unit in units if unit.miss]
+    return Library([path for path, _ in loaded], [handle for _, handle in loaded], misses)
 
 
-def missing_libraries(kernels: list[CppKernel], store_dir: Path) -> list[str]:
+def compile_missing(
+    kernels: list[CppKernel], store: ArtifactStore, progress: Progress | None = None, num_jobs: int = MAX_COMPILE_JOBS
+) -> None:
+    """As :func:`build`, loading nothing: the libraries may be for an ISA level that this processor lacks."""
+    units = _units(kernels)
+    with ThreadPoolExecutor(num_jobs) as pool:
+        for done, _ in enumerate(pool.map(lambda unit: unit.ensure(store), units), start=1):
+            if progress is not None:
+                progress(done, len(units), units[done - 1].name)
+
+
+def stored_libraries(kernels: list[CppKernel], store: ArtifactStore) -> dict[str, Artifact | None]:
+    """The libraries that :func:`build` needs by name, None for those that it would have to compile."""
+    return {unit.name: unit.find(store) for unit in _units(kernels)}
+
+
+def missing_libraries(kernels: list[CppKernel], store: ArtifactStore) -> list[str]:
     """Names of the libraries that :func:`build` would have to compile for ``kernels``. Compiles nothing."""
+    return [name for name, artifact in stored_libraries(kernels, store).items() if artifact is None]
+
+
+def _units(kernels: list[CppKernel]) -> list[_Unit]:
     openmp = openmp_runtime()
-    units: list[_StoredLibrary] = [_Unit(group, store_dir, openmp) for group in _groups(kernels)]
-    return [unit.name for unit in [*units, _SequenceUnit(store_dir)] if not unit._is_usable()]
-
-
-def _groups(kernels: list[CppKernel]) -> list[list[CppKernel]]:
     groups: dict[tuple[str, tuple[str, ...]], dict[str, CppKernel]] = {}
     for kernel in kernels:
         groups.setdefault((kernel.isa, kernel.families), {})[kernel.key] = kernel
-    return [[group[key] for key in sorted(group)] for _, group in sorted(groups.items())]
+    units = []
+    for (isa, families), group in sorted(groups.items()):
+        members = [group[key] for key in sorted(group)]
+        family = "+".join(families[1:])
+        name = f"{family} ({isa}, {len(members)} kernels)"
+        units.append(_Unit(name, family, isa, translation_unit(members), ISA_LEVELS[isa].compiler_flags, openmp))
+    return [*units, _Unit("sequence", "sequence", "generic", template("sequence"), (), None)]
 
 
-class _StoredLibrary:
-    """One shared library of the store, with its source beside it."""
+class _Unit:
+    """One shared library: its source, and what else decides its contents."""
 
-    name: str
-    source: str
-    flags: tuple[str, ...]
-    openmp: Path | None
+    def __init__(
+        self, name: str, family: str, isa: str, source: str, flags: tuple[str, ...], openmp: Path | None
+    ) -> None:
+        self.name, self.miss = name, ""
+        self._source, self._flags, self._openmp = source, flags, openmp
+        self.factors: dict[str, Any] = {
+            "family": family,
+            "isa": isa,
+            "source": hashlib.sha256(source.encode()).hexdigest(),
+            "flags": [*COMMON_FLAGS, *flags],
+            "OpenMP runtime": openmp.name if openmp is not None else None,
+        }
 
-    def __init__(self, store_dir: Path) -> None:
-        runtime = self.openmp.name if self.openmp is not None else "none"
-        factors = json.dumps([self.source, COMMON_FLAGS, self.flags, runtime])
-        self.key = hashlib.sha256(factors.encode()).hexdigest()
-        self.path = store_dir / f"{self.key}.so"
-        self._record = store_dir / f"{self.key}.json"
+    def find(self, store: ArtifactStore) -> Artifact | None:
+        """The library in the store, unless it has to be built again; ``miss`` says why."""
+        artifact = store.find("cpp", self.factors)
+        if artifact is None:
+            self.miss = explain_miss(store, "cpp", self.factors, same=("family", "isa"))
+            return None
+        made_by, at_hand = artifact.manifest.built.get("C++ compiler"), compiler_version()
+        # The compiler's version decides building, not loading: where nothing can be built, any version will do.
+        if at_hand in (None, made_by) or not store.is_writable or store.is_strict:
+            self.miss = ""
+            return artifact
+        self.miss = f"miss: C++ compiler {_short(made_by)} → {_short(at_hand)}"
+        return None
 
-    def ensure(self) -> None:
-        """Make the library present and loadable."""
-        if self._is_usable():
-            return
-        if compiler() is None:
+    def ensure(self, store: ArtifactStore) -> Artifact:
+        """The library in the store, built if need be."""
+        artifact = self.find(store)
+        if artifact is not None:
+            return artifact
+        if compiler() is None and not store.is_strict:
             raise CompileError(
-                f"kernel library {self.name} ({self.path.name}) is not in the store and no C++ compiler was found:"
+                f"kernel library {self.name} is not in the store {store.root} and no C++ compiler was found:"
                 " install g++ or clang++, or point $CXX at one"
             )
-        self._compile()
+        with store.lock("cpp", self.factors):
+            miss = self.miss
+            artifact = self.find(store)  # another process may have built it while this one waited
+            if artifact is not None:
+                return artifact
+            self.miss = miss
+            store.begin_build(f"kernel library {self.name}")
+            return self._compile(store)
 
-    def _is_usable(self) -> bool:
-        if not self.path.exists():
-            return False
-        version = compiler_version()
+    def load(self, store: ArtifactStore) -> tuple[Path, ctypes.CDLL]:
+        """The library, loaded; one that the linker refuses (made for another C library, say) is built again."""
+        artifact = self.ensure(store)
+        path = artifact.path(LIBRARY_FILE)
         try:
-            recorded = json.loads(self._record.read_text())["compiler"]
-            ctypes.CDLL(str(self.path))
-        except (OSError, ValueError, KeyError) as error:
-            logger.warning("kernel library %s cannot be used and is built again: %s", self.path.name, error)
-            return False
-        # Read-only stores are taken as they are: the compiler's version decides building, not loading.
-        return version in (None, recorded) or not os.access(self.path.parent, os.W_OK)
+            return path, ctypes.CDLL(str(path))
+        except OSError as error:
+            store.quarantine(artifact.folder, f"{LIBRARY_FILE}: {error}")
+            path = self.ensure(store).path(LIBRARY_FILE)
+            try:
+                return path, ctypes.CDLL(str(path))
+            except OSError as again:
+                raise CompileError(f"kernel library {self.name} cannot be loaded: {again}") from again
 
-    def _compile(self) -> None:
-        folder = self.path.parent
-        source = folder / f"{self.key}.cpp"
-        _write_atomically(source, self.source.encode())
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".so.tmp", delete=False) as temporary:
-            built = Path(temporary.name)
+    def _compile(self, store: ArtifactStore) -> Artifact:
+        begin = time.monotonic()
         try:
-            command = compile_command(source, built, self.flags, self.openmp)
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode != 0:
-                raise CompileError(f"compiling {self.name} failed: {' '.join(command)}\n{result.stderr[-4000:]}")
-            built.chmod(0o755)
-            record = {"name": self.name, "compiler": compiler_version(), "flags": [*COMMON_FLAGS, *self.flags]}
-            _write_atomically(self._record, json.dumps(record, indent=1).encode())
-            built.replace(self.path)
-        finally:
-            built.unlink(missing_ok=True)
+            with tempfile.TemporaryDirectory(prefix="graphserve-cpp-") as folder:
+                source, built = Path(folder, SOURCE_FILE), Path(folder, LIBRARY_FILE)
+                source.write_text(self._source)
+                # A relative name: the folder must not show in the library.
+                command = compile_command(Path(source.name), Path(built.name), self._flags, self._openmp)
+                result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+                if result.returncode != 0:
+                    raise CompileError(f"compiling {self.name} failed: {' '.join(command)}\n{result.stderr[-4000:]}")
+                files = {SOURCE_FILE: self._source.encode(), LIBRARY_FILE: built.read_bytes()}
+            facts = {"C++ compiler": compiler_version(), "seconds": round(time.monotonic() - begin, 3)}
+            return store.put("cpp", self.factors, files, self.name, facts)
+        except OSError as error:
+            raise CompileError(f"kernel library {self.name} could not be built or stored: {error}") from error
 
 
-class _Unit(_StoredLibrary):
-    def __init__(self, kernels: list[CppKernel], store_dir: Path, openmp: Path | None) -> None:
-        self.name = f"{'+'.join(kernels[0].families[1:])} ({kernels[0].isa}, {len(kernels)} kernels)"
-        self.source = translation_unit(kernels)
-        self.flags = ISA_LEVELS[kernels[0].isa].compiler_flags
-        self.openmp = openmp
-        super().__init__(store_dir)
-
-
-class _SequenceUnit(_StoredLibrary):
-    def __init__(self, store_dir: Path) -> None:
-        self.name, self.source, self.flags, self.openmp = "sequence", template("sequence"), (), None
-        super().__init__(store_dir)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as temporary:
-        temporary.write(data)
-        temporary.flush()
-        os.fsync(temporary.fileno())
-    Path(temporary.name).replace(path)
+def _short(version: str | None) -> str:
+    """``12.2.0`` of ``g++ (Debian 12.2.0-14) 12.2.0``."""
+    found = list(_VERSION.finditer(version or ""))
+    return found[-1].group() if found else str(version)

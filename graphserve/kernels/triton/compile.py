@@ -2,12 +2,11 @@
 
 The only module of the package that imports triton. A compile uses exactly what our launcher passes at run time:
 pointers known to be multiples of 16 bytes, step scalars not specialised. Compiling is slow, so results are kept
-in the cache directory by kernel, target and Triton version.
+in a store (:mod:`graphserve.kernels.triton.compiled`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
@@ -19,54 +18,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import msgspec
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from graphserve.artifacts import ArtifactStore, open_store
+from graphserve.kernels.triton.compiled import CompiledKernel, compile_into
 from graphserve.kernels.triton.grid import evaluate, grid_size
 from graphserve.kernels.triton.kernel import TARGETS, TRITON_TYPES, TritonKernel
 from graphserve.plan.cache_dir import cache_dir
 
-_FORMAT = 1  # raised whenever CompiledKernel changes
-
 _SASS_MMA = re.compile(r"\b(?:[HIQDB]G?MMA|UTC[A-Z]*MMA)\b")
 _SASS_OPERATION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _AMD_OPERATION = re.compile(r"^\s+([a-z]+_[a-z0-9_]+)\b", re.MULTILINE)
-
-
-class CompiledKernel(msgspec.Struct, frozen=True):
-    """One kernel for one target.
-
-    Attributes:
-        name: the entry's name in the binary.
-        target: ``cuda:90``.
-        binary: cubin or hsaco.
-        asm: PTX (cuda) or AMDGCN (hip), as the compiler wrote it.
-        sass: the machine code in words (cuda), empty for hip.
-        num_warps: of one program; one with 64 lanes for hip, 32 for cuda.
-        shared_bytes: dynamic shared memory of a launch.
-        scratch_bytes: global scratch that the compiler itself asks for; our launcher passes none.
-        num_registers: vector registers a thread.
-        num_spills: local-memory loads and stores (cuda), spilled vector registers (hip).
-        num_vector_loads_128: 128-bit loads from global memory, asynchronous copies to shared memory among them.
-        num_vector_stores_128: 128-bit stores to global memory.
-        num_mma: matrix instructions in the code (not executed ones).
-    """
-
-    name: str
-    target: str
-    binary: bytes
-    asm: str
-    sass: str
-    num_warps: int
-    shared_bytes: int
-    scratch_bytes: int
-    num_registers: int
-    num_spills: int
-    num_vector_loads_128: int
-    num_vector_stores_128: int
-    num_mma: int
 
 
 def gpu_target(target: str) -> GPUTarget:
@@ -86,23 +50,21 @@ def load_jit(kernel: TritonKernel) -> Any:
     return getattr(_load_module(kernel, "jit"), kernel.symbol)
 
 
-def compile_for(kernel: TritonKernel, target: str) -> CompiledKernel:
-    """Compile for a target, with no such device present, or take an earlier result from the cache directory.
+def compile_for(kernel: TritonKernel, target: str, store: ArtifactStore | None = None) -> CompiledKernel:
+    """Compile for a target, with no such device present, or take what this version of Triton made before.
+
+    Args:
+        store: where compiled kernels are kept; the user's cache by default.
 
     Raises:
         ValueError: unknown target.
         triton.CompilationError: the source is not a valid kernel.
         RuntimeError: the compiler wants global scratch memory, which our launcher does not pass.
+        CacheMissError: it is not stored and the store is strict.
     """
-    version = f"{triton.__version__}-{_FORMAT}"
-    name = hashlib.sha256(f"{kernel.key} {target} {version}".encode()).hexdigest()
-    path = cache_dir() / "triton" / "compiled" / f"{name}.msgpack"
-    try:
-        return msgspec.msgpack.decode(path.read_bytes(), type=CompiledKernel)
-    except (OSError, msgspec.MsgspecError):
-        compiled = _compile(kernel, target)
-        _write(path, msgspec.msgpack.encode(compiled))
-        return compiled
+    gpu_target(target)
+    store = store if store is not None else open_store()
+    return compile_into(store, kernel, target, lambda: _compile(kernel, target), triton.__version__)
 
 
 def interpret(

@@ -1,0 +1,219 @@
+"""The plan and the weight program of a model: from the store, or compiled now and stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphserve import plugins
+from graphserve.artifacts import ArtifactStore
+from graphserve.artifacts.difference import explain_miss
+from graphserve.config import EngineConfig
+from graphserve.models.checkpoint import Checkpoint
+from graphserve.models.config import DTYPE_NAMES, read_config_json
+from graphserve.plan.store import (
+    CompiledPlan,
+    load_plan,
+    load_weight_program,
+    save_plan,
+    save_weight_program,
+    source_hash,
+)
+from graphserve.progress import phase
+
+if TYPE_CHECKING:
+    import torch
+
+    from graphserve.compiler.build import BuildResult
+    from graphserve.models.weight_program import WeightProgram
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What a start needs besides the weights. ``weight_program`` is None where no checkpoint was at hand."""
+
+    compiled: CompiledPlan
+    weight_program: WeightProgram | None
+
+
+def plan_factors(config: EngineConfig, folder: Path, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Everything a stored plan depends on: no weights, and nothing of the device, the pool or the step sizes.
+
+    ``untied`` is empty here: a checkpoint that stores a tied pair with different values changes the model.
+    """
+    model_config = read_config_json(folder)
+    dtype = DTYPE_NAMES.get(config.dtype, config.dtype)
+    if dtype == "auto" and checkpoint is not None and not _declares_dtype(model_config):
+        dtype = f"auto, stored as {_most_common_dtype(checkpoint)}"
+    return {
+        "config": _digest(model_config),
+        "dtype": dtype,
+        "max_model_len": config.max_model_len,
+        "quantization": config.quantization,
+        "untied": [],
+        "graphserve sources": source_hash(),
+        "torch": metadata.version("torch").split("+")[0],
+        "transformers": metadata.version("transformers"),
+        "plugins": plugins.versions(),
+    }
+
+
+def weight_factors(plan: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Everything a stored weight program depends on: names and shapes of the stored tensors, not their values."""
+    layout = sorted((name, list(shape)) for name, shape in shapes.items())
+    names = ("config", "dtype", "graphserve sources", "transformers", "torch")
+    return {**{name: plan[name] for name in names}, "checkpoint layout": _digest(layout)}
+
+
+def find_plan(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan | None:
+    """The stored plan of a checkpoint with its weight program, or None unless both are there.
+
+    Raises:
+        ConfigError: the folder has no safetensors checkpoint.
+    """
+    checkpoint = Checkpoint.open(folder)
+    factors = plan_factors(config, folder, checkpoint)
+    program = load_weight_program(store, weight_factors(factors, _shapes(checkpoint)))
+    compiled = load_plan(store, factors) if program is not None else None
+    return None if compiled is None else ModelPlan(compiled, program)
+
+
+def find_or_compile(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
+    """The plan of a checkpoint with its weight program, from the store or compiled now (and then stored).
+
+    Raises:
+        CacheMissError: it is not stored and the store is strict.
+    """
+    with phase("find stored plan") as work:
+        found = find_plan(config, folder, store)
+        factors = plan_factors(config, folder, Checkpoint.open(folder))
+        work.note = "found" if found is not None else explain_miss(store, "plan", factors, same=("config",))
+    if found is not None:
+        return found
+    with store.lock("plan", factors):
+        # Another process may have made it while this one waited.
+        return find_plan(config, folder, store) or _compile_checkpoint(config, folder, store)
+
+
+def find_or_compile_config(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
+    """The plan of a model of which only ``config.json`` is at hand; its weight program where it can be foreseen."""
+    factors = plan_factors(config, folder, None)
+    with phase("find stored plan") as work:
+        compiled = load_plan(store, factors)
+        work.note = "found" if compiled is not None else explain_miss(store, "plan", factors, same=("config",))
+    if compiled is not None:
+        return ModelPlan(compiled, None)
+    with store.lock("plan", factors):
+        compiled = load_plan(store, factors)
+        if compiled is not None:
+            return ModelPlan(compiled, None)
+        store.begin_build(f"the plan of {config.model}")
+        _import_transformers()
+        from graphserve.models.weight_loading import foreseen_program
+
+        meta, max_model_len = build_meta(config, folder, None)
+        compiled = _compile_and_save(meta, max_model_len, config, factors, store)
+        program = foreseen_program(meta)
+        if program is not None:
+            shapes = {name: rule.shape for name, rule in program.rules.items()}
+            save_weight_program(store, weight_factors(factors, shapes), program)
+        return ModelPlan(compiled, program)
+
+
+def build_meta(config: EngineConfig, folder: Path, stored: torch.dtype | None) -> tuple[Any, int]:
+    """The model on the meta device, its RoPE made static, and the longest context it serves.
+
+    Args:
+        stored: dtype of the checkpoint's tensors, for ``dtype="auto"`` where the config names none.
+    """
+    from graphserve.models.config import derive_max_model_len, load_config, resolve_dtype
+    from graphserve.models.meta_model import build_meta_model
+    from graphserve.models.rope import bake_rope
+
+    hf_config = load_config(folder)
+    max_model_len = derive_max_model_len(hf_config, config.max_model_len)
+    meta = build_meta_model(hf_config, resolve_dtype(config.dtype, hf_config, stored))
+    bake_rope(meta, max_model_len)
+    return meta, max_model_len
+
+
+def compile_model(
+    meta: Any, max_model_len: int, dump_dir: Path | None = None, quantization: str | None = None
+) -> BuildResult:
+    """Compile a meta model, its stages shown in the phase's note. ``dump_dir`` takes the graph around each pass."""
+    from graphserve.compiler.build import build_plan
+    from graphserve.models.meta_model import non_persistent_buffers
+
+    with phase("compile") as work:
+        buffers = non_persistent_buffers(meta)
+        built = build_plan(meta, max_model_len, buffers, quantization=quantization, dump_dir=dump_dir)
+        work.note = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in built.seconds.items())
+    for note in built.notes:
+        logger.info("%s", note)
+    return built
+
+
+def _compile_checkpoint(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
+    store.begin_build(f"the plan of {config.model}")
+    _import_transformers()
+    with phase("check weights"):
+        from graphserve.models.weight_loading import check_checkpoint, stored_dtype, tied_names
+
+        checkpoint = Checkpoint.open(folder)
+        meta, max_model_len = build_meta(config, folder, stored_dtype(folder))
+        tied = tied_names(meta)
+        program = check_checkpoint(meta, folder)
+        factors = plan_factors(config, folder, checkpoint)
+        factors["untied"] = sorted(tied - tied_names(meta))
+    # A tied pair that is stored twice was compared by value, which says nothing of another checkpoint.
+    if not set(checkpoint.tensors).intersection(program.aliases) and not factors["untied"]:
+        save_weight_program(store, weight_factors(factors, _shapes(checkpoint)), program)
+    compiled = load_plan(store, factors) or _compile_and_save(meta, max_model_len, config, factors, store)
+    return ModelPlan(compiled, program)
+
+
+def _compile_and_save(
+    meta: Any, max_model_len: int, config: EngineConfig, factors: Mapping[str, Any], store: ArtifactStore
+) -> CompiledPlan:
+    begin = time.monotonic()
+    built = compile_model(meta, max_model_len, quantization=config.quantization)
+    compiled = CompiledPlan(built.plan, built.constants)
+    with phase("store plan"):
+        save_plan(store, factors, compiled, time.monotonic() - begin)
+    return compiled
+
+
+def _import_transformers() -> None:
+    with phase("import transformers"):
+        from graphserve.compiler.capture import register_interfaces
+
+        register_interfaces()
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(entry.shape) for name, entry in checkpoint.tensors.items()}
+
+
+def _declares_dtype(model_config: Mapping[str, Any]) -> bool:
+    parts = (model_config, model_config.get("text_config") or {})
+    return any(part.get("dtype") or part.get("torch_dtype") for part in parts)
+
+
+def _most_common_dtype(checkpoint: Checkpoint) -> str:
+    sizes: dict[str, int] = {}
+    for entry in checkpoint.tensors.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    return max(sizes, key=lambda name: sizes[name], default="nothing")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
