@@ -178,12 +178,12 @@ class LLMEngine:
         Raises:
             EngineDeadError: that step failed.
         """
+        core_ids = [core_id for request_id in request_ids for core_id in self._output_processor.remove(request_id)]
         core = self._core
         if core is None or self._death is not None:
             return
         try:
-            for request_id in request_ids:
-                core.abort(self._output_processor.remove(request_id))
+            core.abort(core_ids)
         except Exception as error:
             raise self._die(core, error) from error
 
