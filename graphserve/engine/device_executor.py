@@ -5,28 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from graphserve.engine.executor import StepSizes
-from graphserve.engine.kv_pool_size import kv_bytes_per_token
 from graphserve.plan.runner import StepSize
 from graphserve.plan.schema import CacheGroup
+from graphserve.runtime.buckets import Buckets, CaptureBuckets
 from graphserve.runtime.device_runner import DeviceRunner, SubmittedStep
+from graphserve.engine.kv_pool_size import kv_bytes_per_token
 from graphserve.runtime.step_input import StepInput
 
 
 class DeviceExecutor:
-    """Drives a :class:`DeviceRunner`. See :class:`~graphserve.engine.executor.Executor`."""
+    """Drives a :class:`DeviceRunner`. See :class:`~graphserve.engine.executor.Executor`.
 
-    def __init__(self, runner: DeviceRunner) -> None:
+    Args:
+        decode_sizes: sequences of the decode steps that are captured, see :class:`CaptureBuckets`.
+    """
+
+    def __init__(self, runner: DeviceRunner, decode_sizes: Sequence[int] | None = None) -> None:
         self._runner: DeviceRunner | None = runner
+        self._decode_sizes = decode_sizes
         self.max_in_flight = runner.max_in_flight
         self.num_variant_steps: Mapping[str, int] = runner.num_variant_steps
         self.vocab_size = int(runner.plan.model["vocab_size"])
         self.cache_groups: Sequence[CacheGroup] = tuple(runner.plan.cache_groups)
         self.kv_bytes_per_token = kv_bytes_per_token(runner.plan)
 
+    def buckets(self, max_num_seqs: int) -> Buckets:
+        return CaptureBuckets(max_num_seqs, self._decode_sizes)
+
     def allocate(self, num_blocks: int, block_size: int, largest_step: StepSizes) -> None:
         assert self._runner is not None, "the executor is closed"
         largest = StepSize((largest_step.num_tokens, largest_step.num_rows, largest_step.num_seqs))
-        self._runner.allocate(num_blocks, block_size, largest, largest_step.num_lanes)
+        buckets = CaptureBuckets(largest_step.num_lanes, self._decode_sizes)
+        self._runner.allocate(num_blocks, block_size, largest, largest_step.num_lanes, buckets)
 
     def submit(self, step_input: StepInput) -> SubmittedStep:
         assert self._runner is not None, "the executor is closed"

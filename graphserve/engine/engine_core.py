@@ -79,8 +79,14 @@ class EngineCore:
         self._pool = BlockPool(num_blocks)
         self._kv = KVCacheManager(executor.cache_groups, self._pool, block_size)
         self.scheduler = Scheduler(limits, self._kv)
-        buckets = Buckets(limits.max_num_seqs, pad_steps)
-        self._builder = StepBuilder(len(executor.cache_groups), block_size, buckets, limits.max_num_seqs)
+        no_buckets = Buckets(limits.max_num_seqs, is_enabled=False)
+        self._builder = StepBuilder(
+            len(executor.cache_groups),
+            block_size,
+            executor.buckets(limits.max_num_seqs) if pad_steps else no_buckets,
+            num_lanes=limits.max_num_seqs,
+            runs_ahead=executor.max_in_flight > 1,
+        )
         self._handles: deque[StepHandle] = deque()  # of the scheduler's steps in flight
         self._requests: dict[str, Request] = {}
         self._num_arrivals = 0

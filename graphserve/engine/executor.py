@@ -8,6 +8,7 @@ from typing import Protocol
 import msgspec
 
 from graphserve.plan.schema import CacheGroup
+from graphserve.runtime.buckets import Buckets
 from graphserve.runtime.step_input import StepInput, StepOutput
 
 
@@ -43,6 +44,9 @@ class Executor(Protocol):
     kv_bytes_per_token: int
     max_in_flight: int
     num_variant_steps: Mapping[str, int]
+
+    def buckets(self, max_num_seqs: int) -> Buckets:
+        """The sizes that steps of up to ``max_num_seqs`` sequences are padded to."""
 
     def allocate(self, num_blocks: int, block_size: int, largest_step: StepSizes) -> None:
         """Make the KV pool and room for the largest step; called once, before the first step."""

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from graphserve.engine.executor import StepSizes
-from graphserve.engine.kv_pool_size import kv_bytes_per_token
 from graphserve.plan.schema import CacheGroup, Plan
+from graphserve.runtime.buckets import Buckets
+from graphserve.engine.kv_pool_size import kv_bytes_per_token
 from graphserve.runtime.sampler import Sampler
 from graphserve.runtime.step_input import CARRIED, INVALID_TOKEN, StepInput, StepOutput
 
@@ -59,6 +60,9 @@ class ModelExecutor:
         self.vocab_size = int(runner.plan.model["vocab_size"])
         self.cache_groups: Sequence[CacheGroup] = tuple(runner.plan.cache_groups)
         self.kv_bytes_per_token = kv_bytes_per_token(runner.plan)
+
+    def buckets(self, max_num_seqs: int) -> Buckets:
+        return Buckets(max_num_seqs)
 
     def allocate(self, num_blocks: int, block_size: int, largest_step: StepSizes) -> None:
         assert self._runner is not None, "the executor is closed"

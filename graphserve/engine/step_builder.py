@@ -30,21 +30,27 @@ class StepBuilder:
         num_groups: cache groups of the plan.
         block_size: tokens a block.
         buckets: sizes to pad to.
+        num_lanes: lanes of running requests; the dead lane is the one after them.
+        runs_ahead: steps say what ends a row's request, because the next one is submitted before the host knows.
         num_lanes: lanes of the device, without the dead one.
     """
 
-    def __init__(self, num_groups: int, block_size: int, buckets: Buckets, num_lanes: int) -> None:
+    def __init__(
+        self, num_groups: int, block_size: int, buckets: Buckets, num_lanes: int, runs_ahead: bool = False
+    ) -> None:
         self._num_groups = num_groups
         self._block_size = block_size
         self._buckets = buckets
         self._dead_lane = num_lanes
+        self._runs_ahead = runs_ahead
 
     def largest_step(self, limits: SchedulerLimits) -> StepSizes:
         """Bounds of the arrays that :meth:`build` makes within ``limits``."""
-        num_seqs = self._buckets.rows(limits.max_num_seqs)
+        buckets = self._buckets
+        num_seqs = max(buckets.rows(limits.max_num_seqs), buckets.mixed_rows(limits.max_num_seqs))
         return StepSizes(
-            num_tokens=max(num_seqs, self._buckets.tokens(limits.max_num_batched_tokens)),
-            num_rows=max(num_seqs, self._buckets.rows(limits.max_logits_rows)),
+            num_tokens=max(num_seqs, buckets.tokens(limits.max_num_batched_tokens)),
+            num_rows=max(num_seqs, buckets.rows(limits.max_logits_rows), buckets.mixed_rows(limits.max_logits_rows)),
             num_seqs=num_seqs,
             num_lanes=self._dead_lane,
         )
@@ -54,7 +60,8 @@ class StepBuilder:
         num_tokens = sum(item.num_tokens for item in scheduled)
         num_sequences = len(scheduled)
         is_decode = num_tokens == num_sequences
-        padded_sequences = self._buckets.rows(num_sequences)
+        pad_rows = self._buckets.rows if is_decode else self._buckets.mixed_rows
+        padded_sequences = pad_rows(num_sequences)
         padded_tokens = padded_sequences if is_decode else self._buckets.tokens(num_tokens)
 
         input_ids = np.zeros(padded_tokens, np.int64)
@@ -85,7 +92,7 @@ class StepBuilder:
         slot_mappings = [self._slots(table, sequence_of_token, positions) for table in block_tables]
         sampling, logits_rows, lanes = self._sampling(scheduled, query_start_loc)
         # Steps without prompt log-probabilities have one row a sequence, so that the shape depends on one count only.
-        padded_rows = max(padded_sequences, self._buckets.rows(len(logits_rows)))
+        padded_rows = max(padded_sequences, pad_rows(len(logits_rows)))
         if not self._buckets.is_enabled:
             padded_rows = max(1, len(logits_rows))
         logits_indices = np.zeros(padded_rows, np.int64)
@@ -132,6 +139,8 @@ class StepBuilder:
         sampled = [item for item in scheduled if item.samples]
         lanes = [_lane(item.request) for item in sampled]
         sampling = _sampling_input(sampled)
+        if self._runs_ahead:
+            _add_stops(sampling, sampled)
         for index, item in enumerate(scheduled):
             request = item.request
             if not request.wants_prompt_logprobs or request.params.prompt_logprobs is None:
@@ -172,6 +181,16 @@ def _sampling_input(sampled: Sequence[ScheduledRequest]) -> SamplingInput:
     # The position that the sampled token will have: the one behind the step's tokens.
     sampling.keys = sampling_keys([item.request.core_request.seed for item in sampled], [item.end for item in sampled])
     return sampling
+
+
+def _add_stops(sampling: SamplingInput, sampled: Sequence[ScheduledRequest]) -> None:
+    """What ends a row's request, so that its lane ends before the next step reads it."""
+    stops = [[*item.request.core_request.eos_token_ids, *item.request.stop_token_ids] for item in sampled]
+    width = max((len(ids) for ids in stops), default=0)
+    sampling.stop_ids = np.array([ids + [-1] * (width - len(ids)) for ids in stops], np.int32).reshape(len(stops), width)
+    # The step's tokens end the sequence so far, and one more is sampled.
+    left = [item.request.core_request.max_tokens + item.request.num_prompt_tokens - item.end for item in sampled]
+    sampling.tokens_left = np.array(left, np.int32)
 
 
 def _adjustment(row: int, item: ScheduledRequest) -> LogitsAdjustment | None:

@@ -19,6 +19,7 @@ from graphserve.kernels.step_rules import STOPPED
 from graphserve.plan.arena import layout
 from graphserve.plan.runner import Arena, Binder, BoundPlan, PlanRunner, StepSize
 from graphserve.plan.schema import Plan
+from graphserve.runtime.buckets import CaptureBuckets
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.sampler import adjust_logits, top_logprobs
 from graphserve.runtime.step_graphs import GraphKey, Recording, StepGraphs
@@ -173,7 +174,6 @@ class DeviceRunner:
         max_in_flight: steps that may be submitted before the first result is taken.
         lowering: which kernels the launches get.
         graphs: makes the recordings, given the step scalars of a size; None launches every step eagerly.
-        is_recorded: whether steps of a size are worth a recording.
         record_after: how many steps of a size run eagerly before it is recorded although the device is busy; on an idle
             one it is recorded at once.
 
@@ -192,7 +192,6 @@ class DeviceRunner:
         max_in_flight: int = 2,
         lowering: Lowering = run_references,
         graphs: Callable[[Callable[[StepSize], Mapping[str, int]]], StepGraphs] | None = None,
-        is_recorded: Callable[[StepSize], bool] = lambda size: True,
         record_after: int = 4,
     ) -> None:
         register_all()
@@ -205,16 +204,29 @@ class DeviceRunner:
         self._weights = weights
         self._lowering = lowering
         self._make_graphs = graphs
-        self._is_recorded = is_recorded
         self._record_after = record_after
         self._num_eager_of: Counter[tuple[Variant, StepSize]] = Counter()
         self._graphs: StepGraphs | None = None
+        self._buckets: CaptureBuckets | None = None
         self._programs: dict[Variant, _Program] = {}
         self._submitted: list[SubmittedStep | None] = [None] * max_in_flight
         self._num_steps = 0
 
-    def allocate(self, num_blocks: int, block_size: int, largest: StepSize, num_lanes: int) -> None:
-        """Make the KV pool, the step's inputs and room for its largest size; nothing moves afterwards."""
+    def allocate(
+        self,
+        num_blocks: int,
+        block_size: int,
+        largest: StepSize,
+        num_lanes: int,
+        buckets: CaptureBuckets | None = None,
+    ) -> None:
+        """Make the KV pool, the step's inputs and room for its largest size; nothing moves afterwards.
+
+        Args:
+            num_lanes: requests that run at a time.
+            buckets: which sizes are recorded, all of them by default.
+        """
+        self._buckets = buckets
         # One slot more, for the steps without effect that are run to be recorded.
         self.limits = StepLimits(num_lanes, max_rows=largest.num_rows, num_slots=self.max_in_flight + 1)
         table_len = -(-self.plan.model["max_model_len"] // block_size)
@@ -312,7 +324,9 @@ class DeviceRunner:
                     self._record(variant, size)
 
     def _record_if_wanted(self, variant: Variant, size: StepSize) -> None:
-        if self._graphs is None or not self._is_recorded(size) or GraphKey(variant, 0, size) in self._graphs:
+        if self._graphs is None or GraphKey(variant, 0, size) in self._graphs:
+            return
+        if self._buckets is not None and not self._buckets.is_captured(*size):
             return
         if self.is_idle or self._num_eager_of[variant, size] >= self._record_after:
             self._record(variant, size)

@@ -69,6 +69,11 @@ class ModelRunner:
         self._runner = PlanRunner(plan, weights, self._inputs, _view_input, self.device)
 
     @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The plan's weights by name, as long as no KV cache was allocated: kernels may then keep packed ones only."""
+        return self._weights
+
+    @property
     def executed_plan(self) -> Plan:
         """The plan as it runs: each launch of the kind that this device, compiler and pool gave it."""
         return self._runner.plan

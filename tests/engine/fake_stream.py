@@ -20,6 +20,7 @@ from graphserve.engine.kv_cache_manager import first_visible_token
 from graphserve.engine.model_executor import ModelExecutor
 from graphserve.engine.request import Request
 from graphserve.engine.scheduler import Scheduler
+from graphserve.runtime.buckets import Buckets
 from graphserve.runtime.step_input import CARRIED, StepInput, StepOutput
 
 
@@ -69,6 +70,9 @@ class FakeStream:
         self._scheduler: Scheduler | None = None
         self._block_size = 0
         self._lane_samplers: dict[int, Request] = {}
+
+    def buckets(self, max_num_seqs: int) -> Buckets:
+        return self._executor.buckets(max_num_seqs)
 
     def watch(self, scheduler: Scheduler) -> None:
         """From now on hold each step against what this scheduler's requests own."""

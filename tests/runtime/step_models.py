@@ -10,6 +10,7 @@ import torch
 
 from graphserve.plan.runner import StepSize
 from graphserve.plan.schema import CacheGroup, CacheSpec, Launch, Plan, TensorSpec, WeightSpec
+from graphserve.runtime.buckets import CaptureBuckets
 from graphserve.runtime.device_runner import DeviceRunner
 from graphserve.runtime.recorder import Recorder
 from graphserve.runtime.step_input import SamplingInput, StepInput
@@ -17,6 +18,7 @@ from graphserve.runtime.step_input import SamplingInput, StepInput
 CPU = torch.device("cpu")
 LANES = 8
 BLOCK_SIZE = 4
+MAX_TOKENS = 16
 FIRST_SLOT = BLOCK_SIZE  # behind the null block
 
 
@@ -44,18 +46,19 @@ def table_plan(vocab: int) -> Plan:
 
 
 def table_runner(
-    table: torch.Tensor, max_tokens: int = 16, record: bool = True, plan: Plan | None = None, **options: Any
+    table: torch.Tensor, plan: Plan | None = None, buckets: CaptureBuckets | None = None, **options: Any
 ) -> DeviceRunner:
-    """A runner of the model whose logits after token ``i`` are ``table[i]``; every step is recorded at once."""
-    runner = DeviceRunner(
-        plan or table_plan(len(table)),
-        {"table": table},
-        CPU,
-        graphs=Recorder if record else None,
-        record_after=0,
-        **options,
-    )
-    runner.allocate(num_blocks=8, block_size=BLOCK_SIZE, largest=StepSize((max_tokens,) * 3), num_lanes=LANES)
+    """A runner of the model whose logits after token ``i`` are ``table[i]``; every step is recorded at once.
+
+    Args:
+        plan: another model, whose weight is the table.
+        buckets: which sizes are recorded, all by default.
+        options: of :class:`DeviceRunner`.
+    """
+    options = {"graphs": Recorder, "record_after": 0, **options}
+    runner = DeviceRunner(plan or table_plan(len(table)), {"table": table}, CPU, **options)
+    largest = StepSize((MAX_TOKENS,) * 3)
+    runner.allocate(num_blocks=8, block_size=BLOCK_SIZE, largest=largest, num_lanes=LANES, buckets=buckets)
     return runner
 
 
