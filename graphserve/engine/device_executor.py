@@ -9,7 +9,7 @@ from graphserve.plan.runner import StepSize
 from graphserve.plan.schema import CacheGroup
 from graphserve.runtime.buckets import Buckets, CaptureBuckets
 from graphserve.runtime.device_runner import DeviceRunner, SubmittedStep
-from graphserve.engine.kv_pool_size import kv_bytes_per_token
+from graphserve.runtime.kv_pool_size import kv_bytes_per_token
 from graphserve.runtime.step_input import StepInput
 
 

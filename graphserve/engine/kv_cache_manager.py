@@ -11,9 +11,9 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 from graphserve.engine.block_pool import NULL_BLOCK, BlockPool
-from graphserve.engine.kv_pool_size import max_blocks_in_group
 from graphserve.engine.request import Request
 from graphserve.plan.schema import CacheGroup
+from graphserve.runtime.kv_pool_size import max_blocks_in_group
 
 
 def first_visible_token(group: CacheGroup, position: int) -> int:

@@ -10,18 +10,13 @@ from graphserve.config import EngineConfig
 from graphserve.engine.engine_core import EngineCore, EngineCoreStats
 from graphserve.engine.executor import Executor
 from graphserve.engine.input_processor import InputProcessor, ModelLimits, ProcessedInput, Prompt
-from graphserve.engine.kv_pool_size import (
-    KVPoolRequirements,
-    default_pool_bytes_on_cpu,
-    default_pool_bytes_on_gpu,
-    plan_num_blocks,
-)
 from graphserve.engine.output_processor import OutputProcessor
 from graphserve.engine.scheduler import SchedulerLimits
 from graphserve.errors import ConfigError, EngineDeadError, RequestError
 from graphserve.models.generation_config import SAMPLING_KEYS, GenerationDefaults
 from graphserve.outputs import RequestOutput
-from graphserve.runtime.memory import available_host_bytes
+from graphserve.runtime.kv_pool_size import KVPoolRequirements, plan_num_blocks
+from graphserve.runtime.memory_plan import PROMPT_LOGPROBS_ROWS
 from graphserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -29,9 +24,6 @@ if TYPE_CHECKING:
     from graphserve.runtime.load import LoadedModel
 
 logger = logging.getLogger(__name__)
-
-# Logits rows that prompts may take in a step beyond one a sequence: 128 rows of a 152k vocabulary are 78 MB.
-PROMPT_LOGPROBS_ROWS = 128
 
 
 class LLMEngine:
@@ -111,14 +103,13 @@ class LLMEngine:
         """An engine for a model that is loaded already; takes over its runner."""
         from graphserve.engine.model_executor import ModelExecutor
 
-        device = loaded.model_runner.device
         return cls(
             config,
             ModelExecutor(loaded.model_runner),
             loaded.tokenizer,
             loaded.max_model_len,
             loaded.generation_defaults,
-            config.kv_cache_memory_bytes or _default_pool_bytes(device, config.gpu_memory_utilization),
+            loaded.memory.kv_bytes,
         )
 
     def add_request(
@@ -237,13 +228,3 @@ def _override(generation: GenerationDefaults, changes: dict[str, Any]) -> Genera
             allowed = ", ".join(["eos_token_id", *SAMPLING_KEYS])
             raise ConfigError(f"override_generation_config has {key}={value!r}: allowed are {allowed}")
     return GenerationDefaults(eos, sampling)
-
-
-def _default_pool_bytes(device: Any, gpu_memory_utilization: float) -> int:
-    """KV memory when the configuration names none."""
-    if device.type == "cpu":
-        return default_pool_bytes_on_cpu(available_host_bytes())
-    import torch
-
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    return default_pool_bytes_on_gpu(total_bytes, free_bytes, gpu_memory_utilization)

@@ -12,7 +12,7 @@ import torch
 from graphserve.engine.executor import StepSizes
 from graphserve.plan.schema import CacheGroup, Plan
 from graphserve.runtime.buckets import Buckets
-from graphserve.engine.kv_pool_size import kv_bytes_per_token
+from graphserve.runtime.kv_pool_size import kv_bytes_per_token
 from graphserve.runtime.sampler import Sampler
 from graphserve.runtime.step_input import CARRIED, INVALID_TOKEN, StepInput, StepOutput
 

@@ -19,6 +19,8 @@ from graphserve.models.tokenizer import Tokenizer, load_tokenizer
 from graphserve.models.weight_loading import run_program
 from graphserve.progress import phase
 from graphserve.runtime.find_plan import build_meta, compile_model, find_or_compile
+from graphserve.runtime.memory import device_memory
+from graphserve.runtime.memory_plan import MemoryPlan, plan_memory
 from graphserve.runtime.model_runner import Backend, ModelRunner
 
 if TYPE_CHECKING:
@@ -34,14 +36,19 @@ class LoadedModel:
     model_runner: ModelRunner
     tokenizer: Tokenizer | None
     generation_defaults: GenerationDefaults
-    max_model_len: int
+    memory: MemoryPlan
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest request: the model's limit, or what the memory holds."""
+        return self.memory.max_model_len
 
 
 def load_model(config: EngineConfig, backend: Backend = "auto") -> LoadedModel:
     """Load the model that ``config`` names, compiling it unless its plan is stored.
 
     Order: what can be refused cheaply is refused first (config, tokenizer, weight headers), then the model is compiled,
-    then the weights are read. With a stored plan neither Dynamo nor `transformers` is imported.
+    its memory is planned, and the weights are read. With a stored plan neither Dynamo nor `transformers` is imported.
 
     Raises:
         ConfigError: an option or the model's config cannot be served.
@@ -68,6 +75,11 @@ def load_model(config: EngineConfig, backend: Backend = "auto") -> LoadedModel:
         plan, constants = found.compiled.plan, found.compiled.constants
         assert found.weight_program is not None
         parameters = run_program(found.weight_program, folder)
+    with phase("plan memory") as work:
+        memory = plan_memory(plan, config, *device_memory(device))
+        work.note = str(memory)
+    for line in memory.lines():
+        logger.info(line)
     with phase("load weights", unit="tensors") as work:
 
         def counted() -> Iterator[tuple[str, torch.Tensor]]:
@@ -82,7 +94,7 @@ def load_model(config: EngineConfig, backend: Backend = "auto") -> LoadedModel:
         tokenizer.eos_token_id if tokenizer is not None else None,
         config.generation_config,
     )
-    return LoadedModel(runner, tokenizer, defaults, plan.model["max_model_len"])
+    return LoadedModel(runner, tokenizer, defaults, memory)
 
 
 def find_model(config: EngineConfig) -> Path:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -19,6 +23,16 @@ def available_host_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _
     if limit is not None and used is not None:
         available = min(available, max(0, limit - used))
     return available
+
+
+def device_memory(device: torch.device) -> tuple[int, int | None]:
+    """Bytes that can be had now, and all bytes of the device (None for the host, which serves other programs too)."""
+    if device.type == "cpu":
+        return available_host_bytes(), None
+    import torch
+
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return free_bytes, total_bytes
 
 
 def _read_int(path: Path) -> int | None:

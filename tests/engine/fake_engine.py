@@ -13,6 +13,7 @@ from graphserve.engine.llm_engine import LLMEngine
 from graphserve.models.generation_config import GenerationDefaults
 from graphserve.models.tokenizer import Tokenizer
 from graphserve.runtime.load import LoadedModel
+from graphserve.runtime.memory_plan import plan_memory
 
 BOS, EOS = 0, 1
 WORDS = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRST"]
@@ -38,13 +39,15 @@ def fake_loaded(
     sampling: dict[str, float] | None = None,
     max_model_len: int = 64,
     with_tokenizer: bool = True,
+    config: EngineConfig | None = None,
 ) -> LoadedModel:
+    runner.plan.model["max_model_len"] = max_model_len
     defaults = GenerationDefaults(tuple(eos), sampling or {})
     return LoadedModel(
         model_runner=runner,  # type: ignore[arg-type]
         tokenizer=fake_tokenizer() if with_tokenizer else None,
         generation_defaults=defaults,
-        max_model_len=max_model_len,
+        memory=plan_memory(runner.plan, config or EngineConfig(), free_bytes=1 << 30),
     )
 
 
@@ -56,7 +59,7 @@ def fake_llm_engine(
     **options: object,
 ) -> LLMEngine:
     config = EngineConfig.from_kwargs(**{"block_size": 4, "max_num_seqs": 8, **options})
-    loaded = fake_loaded(runner or FakeRunner(), eos, sampling, max_model_len, not config.skip_tokenizer_init)
+    loaded = fake_loaded(runner or FakeRunner(), eos, sampling, max_model_len, not config.skip_tokenizer_init, config)
     return LLMEngine.from_loaded(config, loaded)
 
 

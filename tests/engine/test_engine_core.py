@@ -5,8 +5,8 @@ from engine.fake_model import FULL, GROUP_SETS, VOCAB, WINDOWED, core_request, g
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphserve.engine.kv_pool_size import max_blocks_in_group
 from graphserve.errors import RequestError
+from graphserve.runtime.kv_pool_size import max_blocks_in_group
 from graphserve.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("depth")

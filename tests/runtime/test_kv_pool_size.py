@@ -3,16 +3,15 @@ from engine.fake_model import fake_plan
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphserve.engine.kv_pool_size import (
+from graphserve.errors import ConfigError
+from graphserve.plan.schema import CacheGroup, CacheSpec
+from graphserve.runtime.kv_pool_size import (
     KVPoolRequirements,
     default_pool_bytes_on_cpu,
-    default_pool_bytes_on_gpu,
     kv_bytes_per_token,
     max_blocks_in_group,
     plan_num_blocks,
 )
-from graphserve.errors import ConfigError
-from graphserve.plan.schema import CacheGroup, CacheSpec
 from graphserve.runtime.memory import available_host_bytes
 
 TWO_LAYERS = (CacheGroup((0, 1)),)
@@ -69,8 +68,6 @@ def test_a_windowed_request_never_holds_more_than_the_bound(window, chunk, block
 def test_default_memory():
     assert default_pool_bytes_on_cpu(1 << 30) == int(0.4 * (1 << 30))
     assert default_pool_bytes_on_cpu(1 << 40) == 4 << 30
-    assert default_pool_bytes_on_gpu(100, 80, 0.9) == 70
-    assert default_pool_bytes_on_gpu(100, 5, 0.9) == 0
 
 
 def test_a_container_limit_counts_as_the_machine(tmp_path):

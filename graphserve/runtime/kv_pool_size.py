@@ -65,11 +65,6 @@ def default_pool_bytes_on_cpu(free_bytes: int) -> int:
     return min(CPU_MAX_BYTES, int(free_bytes * CPU_SHARE_OF_FREE))
 
 
-def default_pool_bytes_on_gpu(total_bytes: int, free_bytes: int, utilization: float) -> int:
-    """KV memory when the caller names none: the share of the device that is allowed, less what is in use."""
-    return max(0, int(total_bytes * utilization) - (total_bytes - free_bytes))
-
-
 def plan_num_blocks(requirements: KVPoolRequirements, pool_bytes: int, override: int | None = None) -> int:
     """Number of blocks, null block included.
 
