@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     """The parser of all commands."""
-    from graphserve.cli import chat, explain, generate, serve, warmup
+    from graphserve.cli import cache, chat, explain, generate, serve, warmup
 
     parser = Parser(prog="graphserve", description=_DESCRIPTION)
     parser.add_argument("-V", "--version", action="version", version=f"graphserve {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for module in (generate, chat, serve, explain, warmup):
+    for module in (generate, chat, serve, explain, warmup, cache):
         command = module.add_command(commands)
         command.add_argument("--debug", action="store_true", help="show tracebacks (also: GRAPHSERVE_DEBUG=1)")
     return parser

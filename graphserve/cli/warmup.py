@@ -46,11 +46,14 @@ def run(options: argparse.Namespace) -> int:
     """Fill or check the store; print its report."""
     config = engine_config(options)
     fetch_model(config)
-    progress.set_sink(progress.StreamSink())
-    from graphserve.compiler.warmup import run_warmup
-
     targets = [target for target in options.target.split(",") if target]
-    report = run_warmup(config, options.output, targets, options.check, max(1, options.jobs))
+    previous = progress.set_sink(progress.StreamSink())
+    try:
+        from graphserve.compiler.warmup import run_warmup
+
+        report = run_warmup(config, options.output, targets, options.check, max(1, options.jobs))
+    finally:
+        progress.set_sink(previous)
     text = json.dumps(report.as_dict(), indent=1) if options.report else str(report)
     sys.stdout.write(text.rstrip() + "\n")
     return 0 if report.is_complete else 1

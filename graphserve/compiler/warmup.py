@@ -8,23 +8,21 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from graphserve.artifacts import Artifact, ArtifactStore, open_store
 from graphserve.artifacts.bundle import SUFFIX, export_bundle, import_bundle
 from graphserve.artifacts.eviction import limit_bytes, prune
 from graphserve.compiler.compile_jobs import compile_in_processes
+from graphserve.compiler.warmup_kernels import cpp_kernels, triton_kernels
 from graphserve.compiler.warmup_report import WarmupReport
 from graphserve.config import EngineConfig
 from graphserve.errors import ConfigError
-from graphserve.kernels.cpu import compile_missing, compiler, stored_libraries
+from graphserve.kernels.cpu import CppKernel, compile_missing, compiler, stored_libraries
 from graphserve.kernels.cpu.isa import ISA_LEVELS, isa_level
 from graphserve.kernels.triton.compiled import TRITON_VERSION, find_compiled
 from graphserve.kernels.triton.kernel import TARGETS as GPU_TARGETS
+from graphserve.kernels.triton.kernel import TritonKernel
 from graphserve.models.checkpoint import Checkpoint
-from graphserve.plan.schema import Plan
 from graphserve.progress import phase
-from graphserve.runtime.cpp_backend import lower_to_cpp
 from graphserve.runtime.find_plan import (
     ModelPlan,
     find_or_compile,
@@ -33,12 +31,9 @@ from graphserve.runtime.find_plan import (
     plan_factors,
     weight_factors,
 )
-from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.load import find_model
-from graphserve.runtime.triton_plan import lower_to_triton
 
 DEFAULT_JOBS = 2
-_NUM_BLOCKS = 2  # the size of the KV pool is in no kernel
 
 
 def run_warmup(
@@ -68,11 +63,12 @@ def run_warmup(
         model = _plan(config, folder, store, check, report)
         if model is not None:
             for target in targets:
-                kv_cache = KVCache(model.compiled.plan, _NUM_BLOCKS, config.block_size, torch.device("meta"))
                 if target.startswith("cpu"):
-                    _cpp(model.compiled.plan, kv_cache, target, store, check, num_jobs, report)
+                    level = target.partition(":")[2] or isa_level()
+                    _cpp(cpp_kernels(model.compiled.plan, config, level), level, store, check, num_jobs, report)
                 else:
-                    _triton(model.compiled.plan, kv_cache, target, store, check, num_jobs, report)
+                    kernels = triton_kernels(model.compiled.plan, config, target)
+                    _triton(kernels, target, store, check, num_jobs, report)
         if not check and output is not None and output.name.endswith(SUFFIX):
             with phase("write bundle"):
                 export_bundle(report.artifacts.values(), output)
@@ -148,11 +144,8 @@ def _checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def _cpp(
-    plan: Plan, kv_cache: KVCache, target: str, store: ArtifactStore, check: bool, num_jobs: int, report: WarmupReport
+    kernels: list[CppKernel], level: str, store: ArtifactStore, check: bool, num_jobs: int, report: WarmupReport
 ) -> None:
-    level = target.partition(":")[2] or isa_level()
-    lowered = lower_to_cpp(plan, kv_cache, level)
-    kernels = list({kernel.key: kernel for kernel in lowered.kernels.values()}.values())
     before = stored_libraries(kernels, store)
     missing = [name for name, artifact in before.items() if artifact is None]
     if missing and not check and compiler() is not None:
@@ -163,9 +156,8 @@ def _cpp(
 
 
 def _triton(
-    plan: Plan, kv_cache: KVCache, target: str, store: ArtifactStore, check: bool, num_jobs: int, report: WarmupReport
+    kernels: list[TritonKernel], target: str, store: ArtifactStore, check: bool, num_jobs: int, report: WarmupReport
 ) -> None:
-    kernels = list(lower_to_triton(plan, kv_cache, target).distinct_kernels().values())
     before = {kernel.key: find_compiled(store, kernel, target) for kernel in kernels}
     stale = [kernel for kernel in kernels if _must_compile(before[kernel.key], check)]
     if stale and not check:

@@ -1,0 +1,112 @@
+"""Warming up: from a config alone, for targets that are not here, once, and shared between depths."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from graphserve.artifacts import ArtifactStore
+from graphserve.cli.main import main
+from graphserve.compiler.warmup import run_warmup
+from graphserve.compiler.warmup_report import WarmupReport
+from graphserve.config import EngineConfig
+from graphserve.demo import demo_path
+from graphserve.errors import ConfigError
+from graphserve.kernels.cpu import ISA_LEVELS, compiler
+from graphserve.llm import LLM
+from graphserve.sampling_params import SamplingParams
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+
+
+def config_only(folder: Path, **changes: object) -> Path:
+    """The demo model's config, changed, without weights."""
+    folder.mkdir(parents=True)
+    config = json.loads((demo_path() / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def states(report: WarmupReport) -> dict[str, Counter[str]]:
+    groups: dict[str, Counter[str]] = {}
+    for row in report.rows:
+        groups.setdefault(row.group.partition(":")[0], Counter())[row.state] += 1
+    return groups
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Warmed up from the config alone, for this processor."""
+    root = tmp_path_factory.mktemp("warm")
+    report = run_warmup(EngineConfig(model=str(config_only(root / "model"))), root / "store")
+    assert report.is_complete and all(set(count) == {"built"} for count in states(report).values())
+    return root / "store"
+
+
+def test_a_second_warmup_builds_nothing_and_check_agrees(store: Path) -> None:
+    for check in (False, True):
+        report = run_warmup(EngineConfig(), store, check=check)
+        assert report.is_complete and all(set(count) == {"stored"} for count in states(report).values())
+        assert "complete: a start compiles nothing" in str(report)
+
+
+def test_a_start_with_weights_needs_only_what_the_config_gave(store: Path) -> None:
+    with LLM(compile_cache=str(store), strict_compile_cache=True) as llm:
+        strict = llm.generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    with LLM() as llm:
+        usual = llm.generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    assert strict[0].outputs[0].token_ids == usual[0].outputs[0].token_ids
+
+
+def test_a_model_of_other_depth_takes_the_kernels_of_the_first(store: Path, tmp_path: Path) -> None:
+    deeper = config_only(tmp_path / "deeper", num_hidden_layers=7)
+    found = states(run_warmup(EngineConfig(model=str(deeper)), store))
+    assert found["plan"] == {"built": 1} and set(found["cpu"]) == {"stored"}
+
+
+def test_check_of_an_empty_store_is_status_1_names_all_and_stores_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for output in (tmp_path / "store", tmp_path / "x.tar.zst"):
+        assert main(["warmup", "--check", "--output", str(output)]) == 1
+        assert "missing: plan of demo" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.json")) and not (tmp_path / "x.tar.zst").exists()
+
+
+def test_check_names_a_library_that_was_deleted(store: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "x.tar.zst"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRAPHSERVE_CACHE", str(store))
+        assert run_warmup(EngineConfig(), bundle).is_complete
+    assert run_warmup(EngineConfig(), bundle, check=True).is_complete
+    part = tmp_path / "part"
+    assert main(["cache", "import", str(bundle), "--store", str(part)]) == 0
+    library = next(a for a in ArtifactStore(part).artifacts("cpp") if a.manifest.factors["family"] == "rope_kv")
+    library.folder.rename(tmp_path / "away")
+    assert run_warmup(EngineConfig(), part, check=True).missing == [f"C++ library {library.manifest.label}"]
+
+
+def test_the_report_has_a_row_for_each_artifact(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["warmup", "--report", "--check", "--output", str(store)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["complete"] and {row["group"] for row in report["artifacts"]} >= {"plan", "weights"}
+    assert all(row["key"] and row["num_bytes"] > 0 for row in report["artifacts"])
+
+
+@pytest.mark.parametrize("target", ["cuda:70", "gpu", "cpu:mmx"])
+def test_an_unknown_target_is_refused_before_anything_is_compiled(target: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"'{target}' is unknown: use one of cpu, .*cuda:90"):
+        run_warmup(EngineConfig(), tmp_path, targets=("cpu", target))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.full
+def test_every_level_and_a_gpu_are_built_here_without_having_them(tmp_path: Path) -> None:
+    targets = [*(f"cpu:{level}" for level in ISA_LEVELS), "cuda:90", "hip:gfx942"]
+    report = run_warmup(EngineConfig(), tmp_path, targets)
+    assert report.is_complete and {row.group for row in report.rows} >= set(targets)
+    again = run_warmup(EngineConfig(), tmp_path, targets)
+    assert all(row.state == "stored" for row in again.rows)
