@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from graphserve.kernels.step_rules import STOPPED
 from graphserve.plan.arena import layout
 from graphserve.plan.runner import Arena, Binder, BoundPlan, PlanRunner, StepSize
 from graphserve.plan.schema import Plan
+from graphserve.progress import phase
 from graphserve.runtime.buckets import CaptureBuckets
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.sampler import adjust_logits, top_logprobs
@@ -39,14 +42,32 @@ logger = logging.getLogger(__name__)
 
 _MAX_BOUND = 64  # step sizes whose launches are kept bound without a recording
 
-# From all variants' plans to what runs: (plan, binders) each. The second argument is the KV cache, whose block size and
-# strides are constants of kernels, the third the length of a row of a block table.
-Lowering = Callable[[Sequence[Plan], KVCache, int], Sequence[tuple[Plan, dict[str, Binder]]]]
+
+class Lowering(Protocol):
+    """Gives launches their kernels."""
+
+    def lower(
+        self, plans: Sequence[Plan], kv_cache: KVCache, table_len: int
+    ) -> Sequence[tuple[Plan, dict[str, Binder]]]:
+        """What runs for each plan, and the binders of its launches.
+
+        Args:
+            kv_cache: its block size and strides are constants of kernels.
+            table_len: places of a row of a block table.
+        """
+
+    def close(self) -> None:
+        """Unload the kernels; bound launches must not be made any more."""
 
 
-def run_references(plans: Sequence[Plan], kv_cache: KVCache, table_len: int) -> list[tuple[Plan, dict[str, Binder]]]:
+class References:
     """The lowering that leaves every launch to its reference."""
-    return [(plan, {}) for plan in plans]
+
+    def lower(self, plans: Sequence[Plan], kv_cache: KVCache, table_len: int) -> list[tuple[Plan, dict[str, Binder]]]:
+        return [(plan, {}) for plan in plans]
+
+    def close(self) -> None:
+        pass
 
 
 def variant_of(sampling: SamplingInput, limits: StepLimits) -> Variant:
@@ -70,13 +91,17 @@ class SubmittedStep:
     """A step on its way. Its results wait in the ring until :meth:`result` takes them."""
 
     def __init__(
-        self, sampling: SamplingInput, ring: torch.Tensor, logprobs: _HostLogprobs | _LaterLogprobs | None
+        self,
+        sampling: SamplingInput,
+        ring: torch.Tensor,
+        logprobs: _HostLogprobs | _LaterLogprobs | None,
+        done: torch.cuda.Event | None,
     ) -> None:
         self.is_taken = False
         self._sampling = sampling
         self._ring = ring
         self._logprobs = logprobs
-        self._done = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+        self._done = done
 
     def wait(self) -> None:
         """Until the device has ended the step."""
@@ -172,8 +197,9 @@ class DeviceRunner:
         model: the compiled model.
         weights: value name → tensor on ``device``, as :func:`~graphserve.runtime.weights.materialize_weights` gives.
         max_in_flight: steps that may be submitted before the first result is taken.
-        lowering: which kernels the launches get.
+        lowering: which kernels the launches get, by default their references.
         graphs: makes the recordings, given the step scalars of a size; None launches every step eagerly.
+        stream: that everything is enqueued on, on CUDA; not the default one, which cannot be captured.
         record_after: how many steps of a size run eagerly before it is recorded although the device is busy; on an idle
             one it is recorded at once.
 
@@ -190,8 +216,9 @@ class DeviceRunner:
         weights: dict[str, torch.Tensor],
         device: torch.device,
         max_in_flight: int = 2,
-        lowering: Lowering = run_references,
+        lowering: Lowering | None = None,
         graphs: Callable[[Callable[[StepSize], Mapping[str, int]]], StepGraphs] | None = None,
+        stream: torch.cuda.Stream | None = None,
         record_after: int = 4,
     ) -> None:
         register_all()
@@ -202,13 +229,15 @@ class DeviceRunner:
         self.num_variant_steps: Counter[str] = Counter(dict.fromkeys(VARIANTS, 0))
         self.num_eager_steps = 0
         self._weights = weights
-        self._lowering = lowering
+        self._lowering = lowering or References()
         self._make_graphs = graphs
+        self._stream = stream
         self._record_after = record_after
         self._num_eager_of: Counter[tuple[Variant, StepSize]] = Counter()
         self._graphs: StepGraphs | None = None
         self._buckets: CaptureBuckets | None = None
         self._programs: dict[Variant, _Program] = {}
+        self._recorded: set[tuple[Variant, StepSize]] = set()
         self._submitted: list[SubmittedStep | None] = [None] * max_in_flight
         self._num_steps = 0
 
@@ -231,7 +260,7 @@ class DeviceRunner:
         self.limits = StepLimits(num_lanes, max_rows=largest.num_rows, num_slots=self.max_in_flight + 1)
         table_len = -(-self.plan.model["max_model_len"] // block_size)
         self._largest = largest
-        with torch.inference_mode():
+        with self._on_stream():
             self.kv_cache = KVCache(self.plan, num_blocks, block_size, self.device)
             self._inputs = StepInputsRing(self.plan, self.limits, table_len, largest, self.device)
             pinned = self.device.type == "cuda"
@@ -255,7 +284,7 @@ class DeviceRunner:
     def _make_programs(self, table_len: int) -> None:
         assert self.kv_cache is not None
         steps = [step_plan(self.plan, variant, self.limits) for variant in VARIANTS]
-        lowered = self._lowering([step.plan for step in steps], self.kv_cache, table_len)
+        lowered = self._lowering.lower([step.plan for step in steps], self.kv_cache, table_len)
         inputs = {**self._inputs.names, "step.last_tokens": self._last_tokens, "step.ring": self._ring}
         for layer, (keys, values) in enumerate(self.kv_cache.layers):
             inputs |= {f"kv_k.{layer}": keys, f"kv_v.{layer}": values}
@@ -289,11 +318,12 @@ class DeviceRunner:
         assert before is None or before.is_taken, f"more than {self.max_in_flight} steps in flight"
         variant = variant_of(step.sampling, self.limits)
         size = StepSize((len(step.input_ids), len(step.logits_indices), len(step.seq_lens)))
-        with torch.inference_mode():
+        with self._on_stream():
             self._record_if_wanted(variant, size)
             self._inputs.write(step, variant, slot)
             logprobs = self._run(variant, size, step.sampling, slot)
-            submitted = SubmittedStep(step.sampling, self._ring[slot], logprobs)
+            done = self._stream.record_event() if self._stream is not None else None
+            submitted = SubmittedStep(step.sampling, self._ring[slot], logprobs, done)
         self._submitted[slot] = submitted
         self._num_steps += 1
         self.num_variant_steps[variant] += 1
@@ -303,37 +333,47 @@ class DeviceRunner:
         """Wait for submitted steps and free weights, KV cache and buffers."""
         for submitted in self._submitted:
             if submitted is not None and not submitted.is_taken:
-                submitted.wait()
+                # A step that failed has been, or will be, reported by its result; here it must only have ended.
+                with suppress(RuntimeError):
+                    submitted.wait()
         if self._graphs is not None:
             self._graphs.close()
         for program in self._programs.values():
             program.runner.release()
         self._programs.clear()
+        self._lowering.close()
         self._graphs = self.kv_cache = None
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Tensors are made for inference, and work goes to the runner's stream."""
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            yield
 
     @property
     def is_idle(self) -> bool:
         """Whether no step is on its way."""
         return all(submitted is None or submitted.is_taken for submitted in self._submitted)
 
-    def record(self, sizes: Iterable[StepSize], variants: Iterable[Variant]) -> None:
+    def record(self, sizes: Iterable[StepSize], variants: Sequence[Variant]) -> None:
         """Record steps ahead of time, the largest first, so that the smaller ones fit into its memory."""
-        with torch.inference_mode():
-            for size in sorted(sizes, reverse=True):
+        ordered = sorted(sizes, reverse=True)
+        with self._on_stream(), phase("record steps", total=len(ordered) * len(variants), unit="steps") as work:
+            for size in ordered:
                 for variant in variants:
                     self._record(variant, size)
+                    work.advance()
 
     def _record_if_wanted(self, variant: Variant, size: StepSize) -> None:
-        if self._graphs is None or GraphKey(variant, 0, size) in self._graphs:
-            return
         if self._buckets is not None and not self._buckets.is_captured(*size):
             return
         if self.is_idle or self._num_eager_of[variant, size] >= self._record_after:
             self._record(variant, size)
 
     def _record(self, variant: Variant, size: StepSize) -> None:
-        if self._graphs is None or GraphKey(variant, 0, size) in self._graphs:
+        if self._graphs is None or (variant, size) in self._recorded:
             return
+        self._recorded.add((variant, size))  # also if there is no memory for it: it is not tried again
         program = self._programs[variant]
         dead = _dead_step(size, len(self.plan.cache_groups), self.limits.num_lanes)
         self._inputs.write(dead, variant, self.max_in_flight)
