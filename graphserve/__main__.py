@@ -1,8 +1,6 @@
 """``python -m graphserve``: the command line."""
 
-import sys
-
-from graphserve.cli.main import main
+from graphserve.cli.main import run_process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process()

@@ -114,4 +114,4 @@ def test_a_wheel_carries_the_demo_model_and_the_licence(repository: Path, tmp_pa
     assert "graphserve/demo/model.safetensors" in demo
     assert any(name.endswith("licenses/LICENSE") for name in names)
     scripts = next(name for name in names if name.endswith("entry_points.txt"))
-    assert "graphserve = graphserve.cli.main:main" in zipfile.ZipFile(wheel).read(scripts).decode()
+    assert "graphserve = graphserve.cli.main:run_process" in zipfile.ZipFile(wheel).read(scripts).decode()

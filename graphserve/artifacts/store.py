@@ -131,8 +131,14 @@ class ArtifactStore:
             except OSError as error:
                 logger.warning("%s cannot be stored in %s, it is kept for this run only: %s", label, self.root, error)
                 self._private = Path(tempfile.mkdtemp(prefix="graphserve-"))
-                weakref.finalize(self, shutil.rmtree, self._private, ignore_errors=True)
+                self._remove_private = weakref.finalize(self, shutil.rmtree, self._private, ignore_errors=True)
         return Artifact(_write(self._private, manifest, contents), manifest)
+
+    def close(self) -> None:
+        """Delete what could be kept for this run only; libraries that are loaded stay usable."""
+        if self._private is not None:
+            self._remove_private()
+            self._private = None
 
     def lock(self, kind: str, factors: Mapping[str, Any], timeout_s: float = LOCK_TIMEOUT_S) -> AbstractContextManager:
         """Hold while an artifact is looked for again and made, so that other processes wait for it."""

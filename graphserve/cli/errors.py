@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graphserve.errors import (
+    CacheMissError,
     CheckpointError,
     CompileError,
     ConfigError,
@@ -18,6 +19,7 @@ _HINTS: tuple[tuple[type[Exception], str], ...] = (
     (CheckpointError, "check the files of the model folder, or download them again"),
     (UnsupportedModelError, "graphserve explain MODEL shows what was traced and what was refused"),
     (CompileError, "this is a bug of graphserve: run again with --debug and report the output"),
+    (CacheMissError, "graphserve warmup fills the store; without --strict-compile-cache a start compiles what lacks"),
     (EngineDeadError, "run again with --debug for the traceback of the engine"),
     (MemoryError, "give a smaller --max-model-len, --max-num-seqs or --kv-cache-memory-bytes"),
 )

@@ -22,6 +22,9 @@ from graphserve.kernels.triton.compiled import TRITON_VERSION, find_compiled
 from graphserve.kernels.triton.kernel import TARGETS as GPU_TARGETS
 from graphserve.kernels.triton.kernel import TritonKernel
 from graphserve.models.checkpoint import Checkpoint
+from graphserve.models.converted_tokenizer import conversion_factors
+from graphserve.models.hub import resolve_model
+from graphserve.models.tokenizer import convertible_files, load_tokenizer
 from graphserve.progress import phase
 from graphserve.runtime.find_plan import (
     ModelPlan,
@@ -60,6 +63,7 @@ def run_warmup(
     folder = find_model(config)
     with _store_of(output, check) as store:
         report = WarmupReport(str(output) if output is not None else str(store.root))
+        _tokenizer(config, folder, store, check, report)
         model = _plan(config, folder, store, check, report)
         if model is not None:
             for target in targets:
@@ -101,6 +105,20 @@ def _store_of(output: Path | None, check: bool) -> Iterator[ArtifactStore]:
             if output.is_file():
                 import_bundle(output, store)
             yield store
+
+
+def _tokenizer(config: EngineConfig, folder: Path, store: ArtifactStore, check: bool, report: WarmupReport) -> None:
+    """Convert the tokenizer, if it is in a form that only transformers reads."""
+    if config.tokenizer is not None:
+        folder = resolve_model(config.tokenizer, None, config.download_dir, config.hf_token)
+    if not convertible_files(folder):
+        return
+    factors = conversion_factors(folder)
+    was_there = store.find("tokenizer", factors) is not None
+    if not was_there and not check:
+        with phase("convert tokenizer"):
+            load_tokenizer(folder, store=store)
+    report.add("tokenizer", f"converted tokenizer of {config.model}", store.find("tokenizer", factors), was_there)
 
 
 def _plan(

@@ -53,7 +53,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about the loaded model that the API process needs.
 
     ``tokenizer_path``: the folder with its tokenizer, None when the engine runs without one. ``max_logprobs``: -1 for
-    no limit.
+    no limit. ``compile_cache``: where the engine found or put a converted tokenizer.
     """
 
     model: str
@@ -66,6 +66,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size: int
     default_sampling_params: dict[str, Any]
+    compile_cache: str | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

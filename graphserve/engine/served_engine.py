@@ -88,6 +88,7 @@ def _info(engine: LLMEngine) -> EngineInfo:
     return EngineInfo(
         model=config.model,
         served_model_names=[names] if isinstance(names, str) else names,
+        compile_cache=config.compile_cache,
         tokenizer_path=None if engine.tokenizer is None else str(_tokenizer_folder(config)),
         max_model_len=engine.max_model_len,
         max_num_seqs=config.max_num_seqs,

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
+from graphserve.artifacts import ArtifactStore, open_store
 from graphserve.errors import ConfigError, RequestError
 from graphserve.models.chat_template import read_chat_templates, render_chat, resolve_chat_template
+from graphserve.models.converted_tokenizer import conversion_factors, load_converted, save_converted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,28 +138,50 @@ class Tokenizer:
         return None if text is None else self.backend.token_to_id(text)
 
 
-def load_tokenizer(model_dir: str | Path, chat_template: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    model_dir: str | Path, chat_template: str | None = None, store: ArtifactStore | None = None
+) -> Tokenizer:
     """Load the tokenizer of a folder.
 
     Args:
         model_dir: folder with ``tokenizer.json``, or with files that transformers can convert.
         chat_template: a file or Jinja text that replaces the checkpoint's default template.
+        store: where a converted tokenizer is kept, so that transformers is needed once; the user's cache by default.
 
     Raises:
         ConfigError: no tokenizer files, or unreadable ones; says what was looked for.
+        CacheMissError: it has to be converted, was not before, and the store is strict.
     """
     folder = Path(model_dir)
     replaced = {"default": resolve_chat_template(chat_template)} if chat_template is not None else {}
     if (folder / "tokenizer.json").is_file():
         return _load_native(folder, replaced)
-    present = [name for name in CONVERTIBLE_FILES if (folder / name).is_file()]
+    present = convertible_files(folder)
     if not present:
         raise ConfigError(
             f"{folder} has no tokenizer: looked for tokenizer.json, {', '.join(CONVERTIBLE_FILES)}. Copy the "
             "tokenizer files beside the model, name another folder with tokenizer=, or pass skip_tokenizer_init=True "
             "and token ids as prompts"
         )
-    return _load_converted(folder, present, replaced)
+    store = store if store is not None else open_store()
+    converted = load_converted(store, folder)
+    if converted is None:
+        with store.lock("tokenizer", conversion_factors(folder)):
+            converted = load_converted(store, folder)
+            if converted is None:
+                store.begin_build(f"the converted tokenizer of {folder}")
+                converted = _convert_folder(folder, present)
+                save_converted(store, folder, converted)
+    backend, special = converted
+    templates = {**read_chat_templates(folder, _read_json(folder / "tokenizer_config.json")), **replaced}
+    return Tokenizer(backend, special, templates)
+
+
+def convertible_files(folder: Path) -> list[str]:
+    """Files of a folder without ``tokenizer.json`` that transformers can make a tokenizer from."""
+    if (folder / "tokenizer.json").is_file():
+        return []
+    return [name for name in CONVERTIBLE_FILES if (folder / name).is_file()]
 
 
 def _load_native(folder: Path, replaced_templates: Mapping[str, str]) -> Tokenizer:
@@ -189,7 +213,7 @@ def _load_native(folder: Path, replaced_templates: Mapping[str, str]) -> Tokeniz
     return Tokenizer(backend, named, templates)
 
 
-def _load_converted(folder: Path, present: list[str], replaced_templates: Mapping[str, str]) -> Tokenizer:
+def _convert_folder(folder: Path, present: list[str]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     from transformers import AutoTokenizer, LlamaTokenizer
 
     logger.info("%s has no tokenizer.json: converting %s", folder, present[0])
@@ -202,10 +226,8 @@ def _load_converted(folder: Path, present: list[str], replaced_templates: Mappin
                 f"{folder}: transformers' conversion of tokenizer.model gives other ids than sentencepiece: give a "
                 "checkpoint with tokenizer.json"
             )
-    backend = loaded.backend_tokenizer
     special = {key: str(value) for key, value in loaded.special_tokens_map.items() if isinstance(value, str)}
-    templates = {**read_chat_templates(folder, _read_json(folder / "tokenizer_config.json")), **replaced_templates}
-    return Tokenizer(backend, special, templates)
+    return loaded.backend_tokenizer, special
 
 
 def _convert(loader: Any, folder: Path, present: list[str]) -> PreTrainedTokenizerBase:

@@ -65,7 +65,7 @@ def load_model(config: EngineConfig, backend: Backend = "auto") -> LoadedModel:
             tokenizer_folder = folder
             if config.tokenizer is not None:
                 tokenizer_folder = resolve_model(config.tokenizer, None, config.download_dir, config.hf_token)
-            tokenizer = load_tokenizer(tokenizer_folder)
+            tokenizer = load_tokenizer(tokenizer_folder, store=store)
     if config.load_format == "dummy":
         store.begin_build(f"the plan of {config.model} (load_format=dummy stores none)")
         built, parameters = _dummy_model(config, folder)

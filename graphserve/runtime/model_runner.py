@@ -162,6 +162,7 @@ class ModelRunner:
             self._triton.close()
             self._triton = None
         self._runner.release()
+        self._store.close()
 
     def _grow_inputs(self, size: StepSize) -> None:
         tokens, rows, seqs = size

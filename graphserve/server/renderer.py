@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from graphserve.artifacts import open_store
 from graphserve.engine.messages import EngineInfo
 from graphserve.errors import RequestError
 from graphserve.models.tokenizer import Tokenizer, load_tokenizer
@@ -48,7 +49,9 @@ class Renderer:
     @classmethod
     def load(cls, info: EngineInfo) -> Renderer:
         """The renderer of a loaded model."""
-        tokenizer = None if info.tokenizer_path is None else load_tokenizer(info.tokenizer_path)
+        tokenizer = None
+        if info.tokenizer_path is not None:
+            tokenizer = load_tokenizer(info.tokenizer_path, store=open_store(info.compile_cache))
         return cls(tokenizer, info.vocab_size)
 
     async def tokenize(

@@ -54,15 +54,22 @@ def compiler_version() -> str | None:
 
 
 def openmp_runtime() -> Path | None:
-    """The OpenMP library this process has loaded (torch brings it), or None; kernels link against that very file."""
-    import torch  # noqa: F401  loads the runtime
+    """The OpenMP library that torch has loaded, or None; kernels link against that very file.
+
+    Other packages (sentencepiece, say) may have loaded one of their own, with threads of its own.
+    """
+    import torch  # loads the runtime
+
+    package = Path(torch.__file__).parent
 
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
     paths = dict.fromkeys(line.split(maxsplit=5)[5] for line in lines if line.count("/") and ".so" in line)
-    return next((Path(path) for path in paths if Path(path).name.startswith(_OPENMP_NAMES)), None)
+    found = [Path(path) for path in paths if Path(path).name.startswith(_OPENMP_NAMES)]
+    of_torch = [p for p in found if package in p.parents or p.parent.name == "torch.libs"]
+    return next(iter([*of_torch, *found]), None)
 
 
 def compile_command(source: Path, output: Path, isa_flags: tuple[str, ...], openmp: Path | None) -> list[str]:
