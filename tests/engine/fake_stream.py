@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from graphserve.engine import model_executor
-from graphserve.engine.executor import StepSizes
+from graphserve.engine.executor import Executor, StepSizes
 from graphserve.engine.kv_cache_manager import first_visible_token
 from graphserve.engine.model_executor import ModelExecutor
 from graphserve.engine.request import Request
@@ -34,7 +34,7 @@ class QueuedStep:
         self._output: StepOutput | None = None
         self._error: Exception | None = None
 
-    def run(self, executor: ModelExecutor) -> None:
+    def run(self, executor: Executor) -> None:
         self._check()
         try:
             self._output = executor.submit(self._step_input).result()
@@ -58,7 +58,7 @@ class FakeStream:
     max_in_flight = 2
     num_variant_steps: Mapping[str, int] = {}
 
-    def __init__(self, executor: ModelExecutor, rng: random.Random) -> None:
+    def __init__(self, executor: Executor, rng: random.Random) -> None:
         self.vocab_size = executor.vocab_size
         self.cache_groups = executor.cache_groups
         self.kv_bytes_per_token = executor.kv_bytes_per_token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,50 @@ def test_golden_tokens_of_every_model_at_every_bucket_edge(shared_models: Path, 
     for count in sorted({min(max(bucket + offset, 1), 64) for bucket in buckets for offset in (-1, 0, 1)}):
         runner = run_at_once(golden, count, most=20, max_num_seqs=64)
         assert runner.num_variant_steps["greedy"] == runner.num_variant_steps.total() > 0
+    golden[0].model_runner.close()
+
+
+def run_disturbed(golden: Golden, count: int, most: int, seed: int, **options: Any) -> Any:
+    """Requests that arrive, and are aborted, at random steps, on a stream with random delays and too small a pool."""
+    loaded, cases, model_options = golden
+    rng = random.Random(seed)
+    longest = max(len(case["prompt_token_ids"]) for case in cases) + most
+    config = EngineConfig.from_kwargs(**model_options, num_gpu_blocks_override=3 * -(-longest // 16), **options)
+    engine, runner = recorded_engine(loaded, config, delays=rng)
+    chosen = [rng.choice(cases) for _ in range(count)]
+    arrivals = sorted(((rng.randrange(20), i) for i in range(count)), reverse=True)
+    aborts = {i: rng.randrange(3, 30) for i in rng.sample(range(count), count // 4)}
+    waiting, step = set(range(count)), 0
+    while waiting:
+        while arrivals and arrivals[-1][0] <= step:
+            index = arrivals.pop()[1]
+            params = SamplingParams(temperature=0, max_tokens=most, output_kind=RequestOutputKind.FINAL_ONLY)
+            engine.add_request(str(index), {"prompt_token_ids": chosen[index]["prompt_token_ids"]}, params)
+        present = {i for i in waiting if i not in {i for _, i in arrivals}}
+        for index in [i for i in present if aborts.get(i, step + 1) <= step]:
+            engine.abort(str(index))
+            waiting.discard(index)
+        for output in engine.step():
+            index = int(output.request_id)
+            assert output.error is None and output.outputs[0].token_ids == chosen[index]["token_ids"][:most]
+            waiting.discard(index)
+        step += 1
+    stats = engine.stats()
+    assert stats.num_preemptions_total > 0
+    return runner
+
+
+def test_golden_tokens_with_delays_aborts_and_preemptions(small_model: Golden) -> None:
+    run_disturbed(small_model, count=16, most=24, seed=5, max_num_seqs=8)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("model", BASE + CHAT)
+def test_golden_tokens_of_every_model_with_delays_aborts_and_preemptions(shared_models: Path, model: str) -> None:
+    golden = load_golden(shared_models / model)
+    for seed, max_num_seqs in enumerate((7, 8, 9, 17)):
+        run_disturbed(golden, count=32, most=64, seed=seed, max_num_seqs=max_num_seqs)
     golden[0].model_runner.close()
 
 
