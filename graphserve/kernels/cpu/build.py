@@ -90,12 +90,25 @@ def build(
 
 
 def compile_missing(
-    kernels: list[CppKernel], store: ArtifactStore, progress: Progress | None = None, num_jobs: int = MAX_COMPILE_JOBS
+    kernels: list[CppKernel],
+    store: ArtifactStore,
+    progress: Progress | None = None,
+    num_jobs: int = MAX_COMPILE_JOBS,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """As :func:`build`, loading nothing: the libraries may be for an ISA level that this processor lacks."""
+    """As :func:`build`, loading nothing: the libraries may be for an ISA level that this processor lacks.
+
+    Args:
+        is_stopped: asked before each library; those that are left then are not built.
+    """
     units = _units(kernels)
+
+    def ensure(unit: _Unit) -> None:
+        if not is_stopped():
+            unit.ensure(store)
+
     with ThreadPoolExecutor(num_jobs) as pool:
-        for done, _ in enumerate(pool.map(lambda unit: unit.ensure(store), units), start=1):
+        for done, _ in enumerate(pool.map(ensure, units), start=1):
             if progress is not None:
                 progress(done, len(units), units[done - 1].name)
 
