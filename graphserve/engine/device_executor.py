@@ -11,6 +11,7 @@ from graphserve.runtime.buckets import Buckets, CaptureBuckets
 from graphserve.runtime.device_runner import DeviceRunner, SubmittedStep
 from graphserve.runtime.kv_pool_size import kv_bytes_per_token
 from graphserve.runtime.step_input import StepInput
+from graphserve.runtime.step_plan import Variant
 
 
 class DeviceExecutor:
@@ -18,11 +19,16 @@ class DeviceExecutor:
 
     Args:
         decode_sizes: sequences of the decode steps that are captured, see :class:`CaptureBuckets`.
+        record_ahead: variants of decode steps that are recorded before the first request comes; others, and steps with
+            a prefill, when they are first needed.
     """
 
-    def __init__(self, runner: DeviceRunner, decode_sizes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, runner: DeviceRunner, decode_sizes: Sequence[int] | None = None, record_ahead: Sequence[Variant] = ()
+    ) -> None:
         self._runner: DeviceRunner | None = runner
         self._decode_sizes = decode_sizes
+        self._record_ahead = record_ahead
         self.max_in_flight = runner.max_in_flight
         self.num_variant_steps: Mapping[str, int] = runner.num_variant_steps
         self.vocab_size = int(runner.plan.model["vocab_size"])
@@ -37,6 +43,8 @@ class DeviceExecutor:
         largest = StepSize((largest_step.num_tokens, largest_step.num_rows, largest_step.num_seqs))
         buckets = CaptureBuckets(largest_step.num_lanes, self._decode_sizes)
         self._runner.allocate(num_blocks, block_size, largest, largest_step.num_lanes, buckets)
+        if self._record_ahead:
+            self._runner.record((StepSize((n, n, n)) for n in buckets.decode_sizes), self._record_ahead)
 
     def submit(self, step_input: StepInput) -> SubmittedStep:
         assert self._runner is not None, "the executor is closed"

@@ -10,6 +10,7 @@ from graphserve.config import EngineConfig
 from graphserve.engine.engine_core import EngineCore, EngineCoreStats
 from graphserve.engine.executor import Executor
 from graphserve.engine.input_processor import InputProcessor, ModelLimits, ProcessedInput, Prompt
+from graphserve.engine.make_executor import make_executor
 from graphserve.engine.output_processor import OutputProcessor
 from graphserve.engine.scheduler import SchedulerLimits
 from graphserve.errors import ConfigError, EngineDeadError, RequestError
@@ -101,11 +102,9 @@ class LLMEngine:
     @classmethod
     def from_loaded(cls, config: EngineConfig, loaded: LoadedModel) -> LLMEngine:
         """An engine for a model that is loaded already; takes over its runner."""
-        from graphserve.engine.model_executor import ModelExecutor
-
         return cls(
             config,
-            ModelExecutor(loaded.model_runner),
+            make_executor(config, loaded.model_runner),
             loaded.tokenizer,
             loaded.max_model_len,
             loaded.generation_defaults,

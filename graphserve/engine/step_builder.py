@@ -187,7 +187,9 @@ def _add_stops(sampling: SamplingInput, sampled: Sequence[ScheduledRequest]) -> 
     """What ends a row's request, so that its lane ends before the next step reads it."""
     stops = [[*item.request.core_request.eos_token_ids, *item.request.stop_token_ids] for item in sampled]
     width = max((len(ids) for ids in stops), default=0)
-    sampling.stop_ids = np.array([ids + [-1] * (width - len(ids)) for ids in stops], np.int32).reshape(len(stops), width)
+    sampling.stop_ids = np.array([ids + [-1] * (width - len(ids)) for ids in stops], np.int32).reshape(
+        len(stops), width
+    )
     # The step's tokens end the sequence so far, and one more is sampled.
     left = [item.request.core_request.max_tokens + item.request.num_prompt_tokens - item.end for item in sampled]
     sampling.tokens_left = np.array(left, np.int32)
