@@ -113,5 +113,5 @@ class Plan(msgspec.Struct):
     cache_groups: list[CacheGroup]
     outputs: tuple[str, ...]  # of a language model: the logits alone, [R, vocab]
     passes: list[dict[str, Any]]  # report of the pipeline: name, matches, refusals, seconds
-    inputs: dict[str, TensorSpec] = {}  # of any other module; a language model has the step inputs
+    inputs: dict[str, TensorSpec] = {}  # beside the step inputs of a language model, or all of any other module
     version: int = PLAN_VERSION
