@@ -49,6 +49,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         kv_cache_memory_bytes: memory of the KV pool, None for a share of what is free.
         gpu_memory_utilization: share of the GPU's memory that the engine may use in all.
         enforce_eager: no padding of steps to bucket sizes (and no captured graphs).
+        cudagraph_capture_sizes: requests of the decode steps that a GPU captures as graphs, None for 1, 2, 4, 8, then
+            steps of 8 up to 256; those above ``max_num_seqs`` are left out.
         seed: source of the seeds of requests that bring none.
         skip_tokenizer_init: prompts must be token ids, outputs carry no text.
         generation_config: ``auto`` takes sampling defaults from the model's folder, ``vllm`` takes none, anything else
@@ -83,6 +85,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.92
     enforce_eager: bool = False
+    cudagraph_capture_sizes: list[int] | None = None
     seed: int = 0
     skip_tokenizer_init: bool = False
     generation_config: str = "auto"
@@ -111,6 +114,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
                 _require_at_least(name, getattr(self, name), 1)
+        for size in self.cudagraph_capture_sizes or ():
+            _require_at_least("cudagraph_capture_sizes", size, 1)
         if self.num_gpu_blocks_override is not None:
             # Block 0 is reserved, so two blocks are the least that can hold a token.
             _require_at_least("num_gpu_blocks_override", self.num_gpu_blocks_override, 2)

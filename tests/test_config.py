@@ -39,6 +39,7 @@ def test_unknown_names_are_refused_with_the_closest_one():
         ("device", "tpu", "cuda"),
         ("load_format", "pt", "safetensors"),
         ("max_logprobs", -2, ">= -1"),
+        ("cudagraph_capture_sizes", [8, 0], ">= 1"),
         ("max_num_batched_tokens", 8, "lower max_num_seqs to at most 8"),
         ("trust_remote_code", True, "never run"),
     ],

@@ -9,6 +9,7 @@ from graphserve.engine.executor import Executor
 
 if TYPE_CHECKING:
     from graphserve.runtime.model_runner import ModelRunner
+    from graphserve.runtime.step_plan import Variant
 
 
 def make_executor(config: EngineConfig, model: ModelRunner) -> Executor:
@@ -48,4 +49,5 @@ def _device_executor(config: EngineConfig, model: ModelRunner) -> Executor:
         graphs=None if config.enforce_eager else graphs,
         stream=stream,
     )
-    return DeviceExecutor(runner, record_ahead=() if config.enforce_eager else ("greedy", "sample"))
+    record_ahead: tuple[Variant, ...] = () if config.enforce_eager else ("greedy", "sample")
+    return DeviceExecutor(runner, config.cudagraph_capture_sizes, record_ahead)

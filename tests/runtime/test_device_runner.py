@@ -55,6 +55,7 @@ def run_at_once(golden: Golden, count: int, most: int, **options: Any) -> Any:
     for index, case in enumerate(chosen):
         assert done[index].error is None
         assert done[index].outputs[0].token_ids == case["token_ids"][:most]
+    engine.close()
     return runner
 
 
@@ -103,8 +104,8 @@ def run_disturbed(golden: Golden, count: int, most: int, seed: int, **options: A
             assert output.error is None and output.outputs[0].token_ids == chosen[index]["token_ids"][:most]
             waiting.discard(index)
         step += 1
-    stats = engine.stats()
-    assert stats.num_preemptions_total > 0
+    assert engine.stats().num_preemptions_total > 0
+    engine.close()
     return runner
 
 
