@@ -51,6 +51,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         enforce_eager: no padding of steps to bucket sizes (and no captured graphs).
         cudagraph_capture_sizes: requests of the decode steps that a GPU captures as graphs, None for 1, 2, 4, 8, then
             steps of 8 up to 256; those above ``max_num_seqs`` are left out.
+        deterministic: a request's logits have the same bits whatever else is in a step and whatever its bucket, at some
+            cost in speed (vLLM: the environment variable VLLM_BATCH_INVARIANT). Refused where a launch has no kernel
+            that keeps this.
         seed: source of the seeds of requests that bring none.
         skip_tokenizer_init: prompts must be token ids, outputs carry no text.
         generation_config: ``auto`` takes sampling defaults from the model's folder, ``vllm`` takes none, anything else
@@ -86,6 +89,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpu_memory_utilization: float = 0.92
     enforce_eager: bool = False
     cudagraph_capture_sizes: list[int] | None = None
+    deterministic: bool = False
     seed: int = 0
     skip_tokenizer_init: bool = False
     generation_config: str = "auto"
@@ -124,6 +128,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if not isinstance(self.gpu_memory_utilization, (int, float)) or not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization!r} is not allowed: it must be in (0, 1]"
+            )
+        if self.deterministic and self.start == "tiered":
+            raise ConfigError(
+                "deterministic=True with start='tiered' is not allowed: the first answers would come from plain torch, "
+                "and their bits would depend on the batch. Use start='full'"
             )
         budget = self.max_num_batched_tokens
         if budget is not None and budget < self.max_num_seqs:

@@ -23,7 +23,7 @@ _STEPS_IN_FLIGHT = 2
 
 def cpp_kernels(plan: Plan, config: EngineConfig, level: str) -> list[CppKernel]:
     """The distinct C++ kernels of a plan at an ISA level."""
-    lowered = lower_to_cpp(plan, _kv_cache(plan, config), level)
+    lowered = lower_to_cpp(plan, _kv_cache(plan, config), level, config.deterministic)
     return list({kernel.key: kernel for kernel in lowered.kernels.values()}.values())
 
 
@@ -33,7 +33,7 @@ def triton_kernels(plan: Plan, config: EngineConfig, target: str) -> list[Triton
     kernels: dict[str, TritonKernel] = {}
     for variant in VARIANTS:
         step = step_plan(plan, variant, _step_limits(plan, config))
-        kernels |= lower_to_triton(step.plan, kv_cache, target).distinct_kernels()
+        kernels |= lower_to_triton(step.plan, kv_cache, target, config.deterministic).distinct_kernels()
     return list(kernels.values())
 
 

@@ -26,6 +26,7 @@ from graphserve.plan.arena import launch_inputs
 from graphserve.plan.runner import Action, PlanRunner, StepSize
 from graphserve.plan.schema import Launch, Plan
 from graphserve.progress import phase
+from graphserve.runtime.batch_invariance import require_kernels
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.launch_specs import op_name, split_arguments, tensor_names, value_name, value_specs
 
@@ -48,12 +49,16 @@ class KernelPlan(msgspec.Struct):
     packed: set[str]
 
 
-def lower_to_cpp(plan: Plan, kv_cache: KVCache, isa: str | None = None) -> KernelPlan:
+def lower_to_cpp(plan: Plan, kv_cache: KVCache, isa: str | None = None, deterministic: bool = False) -> KernelPlan:
     """Find a C++ kernel for every launch that has one. Generates source only; compiles nothing.
 
     Args:
         kv_cache: its block size and strides are constants of the kernels (its data is not read; it may be on meta).
         isa: a level of ``graphserve.kernels.cpu.ISA_LEVELS``; the processor's best by default.
+        deterministic: a row's bits must not depend on the other rows of its step.
+
+    Raises:
+        ConfigError: ``deterministic``, and a launch has no kernel that keeps this.
     """
     register_all()
     isa = isa or isa_level()
@@ -64,7 +69,7 @@ def lower_to_cpp(plan: Plan, kv_cache: KVCache, isa: str | None = None) -> Kerne
     for index, launch in enumerate(plan.launches):
         if launch.kind == "view":
             continue
-        result = _generate(launch, specs, packed, isa)
+        result = _generate(launch, specs, packed, isa, deterministic)
         if isinstance(result, Refusal):
             refusals[index] = result.reason
         else:
@@ -73,12 +78,14 @@ def lower_to_cpp(plan: Plan, kv_cache: KVCache, isa: str | None = None) -> Kerne
     packed &= _read_only_packed(plan, kernels, packed)
     for index, launch in enumerate(plan.launches):
         if index in kernels and op_name(launch) in ("linear", "moe", "embedding"):
-            again = _generate(launch, specs, packed, isa)
+            again = _generate(launch, specs, packed, isa, deterministic)
             if isinstance(again, Refusal):
                 refusals[index] = again.reason
                 del kernels[index]
             else:
                 kernels[index] = again
+    if deterministic:
+        require_kernels(plan, refusals)
     launches = [
         msgspec.structs.replace(launch, kind="cpp", kernel=kernels[i].symbol) if i in kernels else launch
         for i, launch in enumerate(plan.launches)
@@ -117,7 +124,9 @@ def _read_only_packed(plan: Plan, kernels: dict[int, CppKernel], packed: set[str
     return packed - plain
 
 
-def _generate(launch: Launch, specs: dict[str, ArgSpec], packed: set[str], isa: str) -> CppKernel | Refusal:
+def _generate(
+    launch: Launch, specs: dict[str, ArgSpec], packed: set[str], isa: str, deterministic: bool
+) -> CppKernel | Refusal:
     op = op_name(launch)
     if not op:
         return Refusal(f"{launch.op} has no C++ generator")
@@ -126,6 +135,8 @@ def _generate(launch: Launch, specs: dict[str, ArgSpec], packed: set[str], isa: 
         attrs: dict[str, Any] = {}
     else:
         args, attrs = split_arguments(launch, specs)
+    if deterministic and op == "paged_attention":
+        attrs = {**attrs, "batch_invariant": True}
     if op == "linear" and value_name(launch.args[1]) not in packed:
         return Refusal("gs.linear: the weight is also read as a plain matrix or is not a weight of the plan")
     if op == "moe" and not {value_name(launch.args[3]), value_name(launch.args[5])} <= packed:

@@ -87,7 +87,8 @@ def load_model(config: EngineConfig, backend: Backend = "auto") -> LoadedModel:
                 work.advance()
                 yield item
 
-        runner = ModelRunner(plan, counted(), constants, device, backend, store)
+        is_tiered = config.start == "tiered"
+        runner = ModelRunner(plan, counted(), constants, device, backend, store, config.deterministic, is_tiered)
     defaults = load_generation_defaults(
         folder,
         plan.model["eos_token_id"],

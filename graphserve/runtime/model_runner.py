@@ -11,9 +11,11 @@ import torch
 from graphserve.artifacts import ArtifactStore, open_store
 from graphserve.errors import CompileError, ConfigError
 from graphserve.kernels import register_all
+from graphserve.kernels.cpu import missing_libraries
 from graphserve.plan.runner import PlanRunner, StepSize
 from graphserve.plan.schema import Plan
 from graphserve.progress import phase
+from graphserve.runtime.background_build import BackgroundBuild
 from graphserve.runtime.cpp_backend import CppBackend, lower_to_cpp
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.step_input import StepInput
@@ -37,8 +39,14 @@ class ModelRunner:
         backend: ``reference`` runs every launch as plain torch; ``cpp`` uses generated C++ where there is a kernel;
             ``auto`` is ``cpp`` if the kernels are stored or can be built, else ``reference`` with a warning.
         store: where compiled kernels are kept; the user's cache by default.
+        deterministic: a row's logits must not depend on the other rows of its step, bit for bit.
+        is_tiered: missing C++ kernels are built in the background, while plain torch runs; the first step after that
+            runs on them.
 
     ``close`` gives all memory back; the runner is then unusable.
+
+    Raises:
+        ConfigError: ``deterministic`` with plain torch launches, which do not keep that.
     """
 
     def __init__(
@@ -49,7 +57,19 @@ class ModelRunner:
         device: torch.device | str = "cpu",
         backend: Backend = "auto",
         store: ArtifactStore | None = None,
+        deterministic: bool = False,
+        is_tiered: bool = False,
     ) -> None:
+        if deterministic and is_tiered:
+            raise ConfigError(
+                "deterministic=True with start='tiered': plain torch, which runs at first, does not keep that. Use "
+                "start='full', or deterministic=False"
+            )
+        if deterministic and backend == "reference":
+            raise ConfigError(
+                "deterministic=True with the reference backend: plain torch may add up in another order for another "
+                "number of rows. Use generated kernels (backend='auto' or 'cpp'), or deterministic=False"
+            )
         register_all()
         self.plan = plan
         self.device = torch.device(device)
@@ -60,6 +80,9 @@ class ModelRunner:
         self._weights = weights
         self._store = store if store is not None else open_store()
         self._backend = backend
+        self._is_tiered = is_tiered
+        self._background: BackgroundBuild | None = None
+        self._deterministic = deterministic
         self._is_cpp = backend != "reference" and self.device.type == "cpu"
         self._is_triton = backend != "reference" and self.device.type == "cuda"
         self._cpp: CppBackend | None = None
@@ -84,7 +107,8 @@ class ModelRunner:
         for name in [n for n in self._inputs if n.startswith(("kv_", "block_table."))]:
             del self._inputs[name]
         self._runner.invalidate()
-        self.kv_cache = KVCache(self.plan, num_blocks, block_size, self.device)
+        with phase("allocate KV cache"):
+            self.kv_cache = KVCache(self.plan, num_blocks, block_size, self.device)
         for layer, (keys, values) in enumerate(self.kv_cache.layers):
             self._inputs[f"kv_k.{layer}"] = keys
             self._inputs[f"kv_v.{layer}"] = values
@@ -96,23 +120,45 @@ class ModelRunner:
             self._use_triton()
 
     def _use_cpp(self) -> None:
-        """Switch launches to generated C++ for the pool's block size."""
+        """Switch launches to generated C++ for the pool's block size, now or when it is built."""
         assert self.kv_cache is not None
-        kernel_plan = lower_to_cpp(self.plan, self.kv_cache)
+        kernel_plan = lower_to_cpp(self.plan, self.kv_cache, deterministic=self._deterministic)
+        self._stop_background()
+        if self._is_tiered and self._cpp is None:
+            kernels = list(kernel_plan.kernels.values())
+            if missing_libraries(kernels, self._store):
+                self._background = BackgroundBuild(kernels, self._store)
+                return
         try:
             if self._cpp is None:
                 self._cpp = CppBackend(kernel_plan, self._weights, self._store)
             else:
                 self._cpp.replace_kernels(kernel_plan, self._store)
         except CompileError as error:
-            # Once weights are packed for kernels, plain torch could not read them.
-            if self._backend != "auto" or self._cpp is not None:
+            # Once weights are packed for kernels, plain torch could not read them; nor does it sum in a fixed order.
+            if self._backend != "auto" or self._cpp is not None or self._deterministic:
                 raise
             logger.warning("plain torch runs instead of generated C++, which is slower: %s", error)
             self._is_cpp = False
             return
         self._cpp.table_lens = [self._block_table_len] * len(self.plan.cache_groups)
         self._runner.set_plan(kernel_plan.plan, {"cpp": self._cpp})
+
+    def _change_over(self) -> None:
+        """Between two steps: if the kernels of a tiered start are built, run on them from now on."""
+        if self._background is None or not self._background.is_done:
+            return
+        error, self._background = self._background.error, None
+        self._is_tiered = False
+        if error is not None:
+            logger.warning("plain torch goes on running instead of generated C++: %s", error)
+        else:
+            self._use_cpp()
+
+    def _stop_background(self) -> None:
+        if self._background is not None:
+            self._background.stop()
+            self._background = None
 
     def _use_triton(self) -> None:
         """Switch launches to generated Triton kernels, compiled for this device."""
@@ -125,7 +171,7 @@ class ModelRunner:
         if self._triton is not None:
             self._triton.close()
         target = target_of(torch.cuda.get_device_capability(self.device))
-        lowered = lower_to_triton(self.plan, self.kv_cache, target)
+        lowered = lower_to_triton(self.plan, self.kv_cache, target, self._deterministic)
         kernels = lowered.distinct_kernels()
         with phase("compile Triton kernels", total=len(kernels), unit="kernels") as work:
             compiled = find_or_compile_kernels(kernels, target, self._store, lambda done, total: work.advance())
@@ -148,6 +194,7 @@ class ModelRunner:
         """
         if self.kv_cache is None:
             raise ConfigError("forward before allocate_kv_cache: the model has nowhere to keep keys and values")
+        self._change_over()
         size = StepSize((len(step.input_ids), len(step.logits_indices), len(step.seq_lens)))
         self._grow_inputs(size)
         self._write_inputs(step)
@@ -156,6 +203,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Free weights, KV cache and buffers."""
+        self._stop_background()
         self.kv_cache = None
         self._cpp = None
         if self._triton is not None:

@@ -18,9 +18,6 @@ from graphserve.runtime.launch_specs import op_name, tensor_names, value_name
 from graphserve.runtime.library_calls import bind_product
 from graphserve.runtime.triton_plan import TritonPlan
 
-# Above this many rows a product is no longer bound by reading the weight, and cuBLAS is at its best.
-MAX_GEMV_ROWS = 16
-
 
 def target_of(capability: tuple[int, int]) -> str:
     """The compile target for a CUDA compute capability.
@@ -61,6 +58,7 @@ class TritonBackend:
         device: torch.device,
         stream: int = 0,
     ) -> None:
+        self._plan = plan
         self._kernels = {kernels[0].symbol: kernels for kernels in plan.kernels.values()}
         self._launchers = {
             key: CudaLauncher(driver, kernel, compiled[key]) for key, kernel in plan.distinct_kernels().items()
@@ -81,7 +79,7 @@ class TritonBackend:
     ) -> Action | None:
         if op_name(launch) == "linear":
             x = tensors[value_name(launch.args[0])]
-            if launch.kind == "library" or x.numel() // x.shape[-1] > MAX_GEMV_ROWS:
+            if self._plan.is_library_product(launch, x.numel() // x.shape[-1]):
                 return bind_product(launch, tensors)
         assert launch.kernel is not None
         scalars = self._scalars(size)

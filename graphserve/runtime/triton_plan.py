@@ -18,11 +18,14 @@ from graphserve.kernels.triton.compiled import CompiledKernel, find_or_compile_k
 from graphserve.kernels.triton.generate import generate
 from graphserve.kernels.triton.kernel import TritonKernel
 from graphserve.plan.schema import Launch, Plan
+from graphserve.runtime.batch_invariance import invariant_choices, require_kernels
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.launch_specs import op_name, split_arguments, value_name, value_specs
 
 # Ops that cuBLAS serves through torch.mm when there are many rows; a Triton kernel may replace it for few.
 LIBRARY_OPS = {"linear": "torch.mm"}
+# Above this many rows a product is no longer bound by reading the weight, and cuBLAS is at its best.
+MAX_GEMV_ROWS = 16
 # Ops whose second kernel, where there is one, only adds up what the first one computed per part of the keys.
 _SPLITS_KEYS = ("paged_attention", "paged_attention_quant", "paged_attention_quant_rows")
 
@@ -34,11 +37,18 @@ class TritonPlan(msgspec.Struct):
         plan: the plan with ``kind`` and ``kernel`` of every launch filled in.
         kernels: launch index → the kernels that it starts, in order (a reduce after split keys, say).
         refusals: launch index → why it has neither kernel nor library call; such a launch runs eagerly.
+        deterministic: a row's bits must not depend on the other rows of its step.
     """
 
     plan: Plan
     kernels: dict[int, list[TritonKernel]]
     refusals: dict[int, str]
+    deterministic: bool = False
+
+    def is_library_product(self, launch: Launch, num_rows: int) -> bool:
+        """Whether a launch is a product that the library computes in a step with so many rows of it."""
+        is_product = op_name(launch) in LIBRARY_OPS and not self.deterministic
+        return is_product and (launch.kind == "library" or num_rows > MAX_GEMV_ROWS)
 
     def distinct_kernels(self) -> dict[str, TritonKernel]:
         """All kernels by key; layers share them."""
@@ -56,12 +66,16 @@ class TritonPlan(msgspec.Struct):
         return counts
 
 
-def lower_to_triton(plan: Plan, kv_cache: KVCache, target: str) -> TritonPlan:
+def lower_to_triton(plan: Plan, kv_cache: KVCache, target: str, deterministic: bool = False) -> TritonPlan:
     """Find the GPU form of every launch. Generates source only; compiles nothing.
 
     Args:
         kv_cache: its block size and strides are constants of the kernels (may be on meta).
         target: one of ``graphserve.kernels.triton.kernel.TARGETS``.
+        deterministic: a row's bits must not depend on the other rows of its step.
+
+    Raises:
+        ConfigError: ``deterministic``, and a launch has no kernel that keeps this.
     """
     register_all()
     specs = value_specs(plan, kv_cache)
@@ -72,19 +86,23 @@ def lower_to_triton(plan: Plan, kv_cache: KVCache, target: str) -> TritonPlan:
         if launch.kind == "view":
             launches.append(launch)
             continue
-        result = _generate(launch, specs, target)
+        result = _generate(launch, specs, target, deterministic)
         if isinstance(result, list):
             kernels[index] = result
             launches.append(msgspec.structs.replace(launch, kind="triton", kernel=result[0].symbol))
-        elif op_name(launch) in LIBRARY_OPS:
+        elif op_name(launch) in LIBRARY_OPS and not deterministic:
             launches.append(msgspec.structs.replace(launch, kind="library", kernel=LIBRARY_OPS[op_name(launch)]))
         else:
             refusals[index] = result.reason
             launches.append(launch)
-    return TritonPlan(msgspec.structs.replace(plan, launches=launches), kernels, refusals)
+    if deterministic:
+        require_kernels(plan, refusals)
+    return TritonPlan(msgspec.structs.replace(plan, launches=launches), kernels, refusals, deterministic)
 
 
-def _generate(launch: Launch, specs: dict[str, ArgSpec], target: str) -> list[TritonKernel] | Refusal:
+def _generate(
+    launch: Launch, specs: dict[str, ArgSpec], target: str, deterministic: bool
+) -> list[TritonKernel] | Refusal:
     op = op_name(launch)
     if not op:
         return Refusal(f"{launch.op} has no Triton generator")
@@ -93,6 +111,8 @@ def _generate(launch: Launch, specs: dict[str, ArgSpec], target: str) -> list[Tr
         attrs: dict[str, Any] = {}
     else:
         args, attrs = split_arguments(launch, specs)
+    if deterministic:
+        attrs = {**attrs, **invariant_choices(op)}
     outputs = [specs.get(name) for name in launch.outputs if name is not None]
     if any(spec is None for spec in outputs) or len(outputs) != len(launch.outputs):
         return Refusal(f"{launch.op}: a result has no affine shape, or nobody reads one of them")

@@ -11,7 +11,11 @@ MAX_HEAD_DIM = 1024
 
 
 def paged_attention(call: Call) -> Entry:
-    """Prefill, decode and mixed batches; q may be a strided slice, the cache strided by block."""
+    """Prefill, decode and mixed batches; q may be a strided slice, the cache strided by block.
+
+    With the attribute ``batch_invariant`` a query's result has the same bits whatever else is in the step: keys are not
+    split among threads, and blocks of keys begin where their positions say.
+    """
     names = ("q", "kv_k", "kv_v", "block_table", "query_start_loc", "seq_lens")
     q, kv_k, kv_v, table, starts, lens = (call.tensor(i, name) for i, name in enumerate(names))
     sinks, alibi, out = call.optional(6), call.optional(7), call.outputs[0]
@@ -33,9 +37,9 @@ def paged_attention(call: Call) -> Entry:
         *(heads, kv_heads, k_dim, v_dim, kv_k.int_dim(2), kv_k.int_stride(0), kv_v.int_stride(0)),
         *(q.int_stride(0), q.int_stride(1)),
     ]
-    softcap = call.attr("softcap")
+    softcap, invariant = call.attr("softcap"), call.attrs.get("batch_invariant", False)
     rule = [flag(call.attr("causal")), str(call.attr("window")), str(call.attr("chunk"))]
-    template_args = [cpp_type, *map(str, numbers), *rule, *(flag(bool(f)) for f in (softcap, sinks, alibi))]
+    template_args = [cpp_type, *map(str, numbers), *rule, *(flag(bool(f)) for f in (softcap, sinks, alibi, invariant))]
     fields = [
         *(pointer(spec, i) for i, spec in enumerate((q, kv_k, kv_v, table, starts, lens))),
         *(pointer(sinks, 6), pointer(alibi, 7), pointer(out, 8, const=False)),

@@ -151,11 +151,12 @@ struct AttentionTile {
   int32_t sequence, first_query, num_queries;  // first_query counts from the sequence's first query token
   int32_t kv_head, num_kv_heads;
   int64_t first_key, last_key;
+  int64_t first_visible;  // key before which no query of the tile sees any; first_key may lie before it
   float* partial;  // rows x (acc, max, sum) when the keys of a tile are split, else null
 };
 
 template <class T, int HQ, int HKV, int DK, int DV, int BLOCK_SIZE, int64_t K_BLOCK, int64_t V_BLOCK, int64_t Q_TOKEN,
-          int64_t Q_HEAD, bool CAUSAL, int WINDOW, int CHUNK, bool SOFTCAP, bool SINKS, bool ALIBI>
+          int64_t Q_HEAD, bool CAUSAL, int WINDOW, int CHUNK, bool SOFTCAP, bool SINKS, bool ALIBI, bool INVARIANT>
 struct PagedAttention {
   static_assert(DK * sizeof(T) % 4 == 0, "a head must be whole dwords");
   static constexpr int GROUP = HQ / HKV;
@@ -215,7 +216,10 @@ struct PagedAttention {
   void find_rows(const AttentionTile& tile, int kv_head, int64_t begin, int count, const char** key_rows,
                  const char** value_rows) const {
     const int32_t* table = block_table + tile.sequence * table_row;
-    for (int j = 0; j < count;) {
+    // Keys out of sight stand for the first one in sight: their blocks may have been given away.
+    const int64_t before = INVARIANT ? tile.first_visible - begin : 0;
+    const int hidden = before > 0 ? int(before) : 0;
+    for (int j = hidden; j < count;) {
       const uint64_t key = uint64_t(begin + j);
       const int64_t block = table[key / BLOCK_SIZE], offset = int64_t(key % BLOCK_SIZE);
       const int run = int(BLOCK_SIZE - offset < count - j ? BLOCK_SIZE - offset : count - j);
@@ -225,6 +229,10 @@ struct PagedAttention {
         key_rows[j] = reinterpret_cast<const char*>(key_row + i * DK);
         value_rows[j] = reinterpret_cast<const char*>(value_row + i * DV);
       }
+    }
+    for (int j = 0; j < hidden; ++j) {
+      key_rows[j] = key_rows[hidden];
+      value_rows[j] = value_rows[hidden];
     }
     for (int j = count; j % W != 0; ++j) key_rows[j] = key_rows[0];  // lanes past the end are masked later
   }
@@ -301,7 +309,7 @@ struct PagedAttention {
     const int64_t start = query_start[tile.sequence], seq_len = seq_lens[tile.sequence];
     const int64_t first_position = seq_len - (query_start[tile.sequence + 1] - start) + tile.first_query;
     const int64_t last_position = first_position + tile.num_queries - 1;
-    const bool owns_sink = SINKS && tile.first_key == tile_begin(tile);
+    const bool owns_sink = SINKS && (INVARIANT || tile.first_key == tile_begin(tile));
     for (int r = 0; r < rows; ++r) {
       const int head = query_head(tile, r), query = r % head_rows / GROUP;
       a.queries[r] = q + (start + tile.first_query + query) * Q_TOKEN + head * Q_HEAD;
@@ -410,8 +418,11 @@ struct PagedAttention {
         const int64_t queries = length - j < QUERIES ? length - j : QUERIES;
         const int64_t first_position = seq_lens[s] - length + j;
         const int heads = queries == 1 ? decode_heads : 1;
-        AttentionTile tile{int32_t(s), int32_t(j), int32_t(queries), 0, 0, 0, 0, nullptr};
+        AttentionTile tile{int32_t(s), int32_t(j), int32_t(queries), 0, 0, 0, 0, 0, nullptr};
         key_range(seq_lens[s], first_position, first_position + queries - 1, &tile.first_key, &tile.last_key);
+        tile.first_visible = tile.first_key;
+        // A block of keys begins at the same key whatever queries share the tile.
+        if (INVARIANT && tile.first_key < tile.last_key) tile.first_key = tile.first_key / KEYS * KEYS;
         for (int h = 0; h < HKV; h += heads) {
           tile.kv_head = h;
           tile.num_kv_heads = HKV - h < heads ? HKV - h : heads;
@@ -434,9 +445,10 @@ struct PagedAttention {
     const int64_t tokens = num_sequences > 0 ? query_start[num_sequences] : 0;
     if (tokens < num_tokens) memset(out + tokens * HQ * DV, 0, (num_tokens - tokens) * HQ * DV * sizeof(T));
     if (row_keys * (DK + DV) < 65536) threads = 1;  // below some 10 us the team costs more than it saves
-    // Too few tiles for the team: split their keys, 4 shares a thread, none below 256 keys.
+    // Too few tiles for the team: split their keys, 4 shares a thread, none below 256 keys. The sums of a request then
+    // depend on the others, which INVARIANT excludes.
     int64_t share = INT64_MAX;
-    if (threads > 1 && num_tiles < 2 * threads) {
+    if (!INVARIANT && threads > 1 && num_tiles < 2 * threads) {
       share = all_keys / (4 * threads) + 1;
       share = (share < 256 ? 256 : share) / KEYS * KEYS;
     }
