@@ -18,13 +18,13 @@ import torch
 from graphserve.errors import ConfigError
 from graphserve.kernels import register_all
 from graphserve.kernels.step_rules import STOPPED
-from graphserve.plan.arena import layout
 from graphserve.plan.runner import Arena, Binder, BoundPlan, PlanRunner, StepSize
 from graphserve.plan.schema import Plan
 from graphserve.progress import phase
 from graphserve.runtime.buckets import CaptureBuckets
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.sampler import adjust_logits, top_logprobs
+from graphserve.runtime.step_fields import arena_bytes
 from graphserve.runtime.step_graphs import GraphKey, Recording, StepGraphs
 from graphserve.runtime.step_input import (
     ALL_LOGPROBS,
@@ -291,7 +291,7 @@ class DeviceRunner:
         self._arena = Arena(self.device)
         # One arena for all variants; it must not grow, and so move, once the first launches are bound.
         tokens, rows, _ = self._largest
-        self._arena.reserve(max(layout(plan, tokens, rows).num_bytes for plan, _ in lowered))
+        self._arena.reserve(arena_bytes(self.plan, self.limits, tokens, rows))
         self._programs = {
             step.variant: _Program(
                 step, PlanRunner(plan, self._weights, inputs, self._inputs.view, self.device, binders, self._arena)
@@ -349,6 +349,11 @@ class DeviceRunner:
         """Tensors are made for inference, and work goes to the runner's stream."""
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             yield
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory of inputs, state and buffers; kernels' scratch memory is not counted."""
+        return self._inputs.num_bytes + self._last_tokens.nbytes + self._arena.memory.numel()
 
     @property
     def is_idle(self) -> bool:

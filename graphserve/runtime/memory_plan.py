@@ -14,7 +14,7 @@ from graphserve.config import EngineConfig
 from graphserve.errors import ConfigError
 from graphserve.plan.arena import ITEM_SIZE, launch_inputs, layout
 from graphserve.plan.schema import CacheGroup, Plan
-from graphserve.runtime.buckets import Buckets
+from graphserve.runtime.buckets import Buckets, CaptureBuckets
 from graphserve.runtime.kv_pool_size import (
     KVPoolRequirements,
     default_pool_bytes_on_cpu,
@@ -22,6 +22,8 @@ from graphserve.runtime.kv_pool_size import (
     max_blocks_in_group,
     plan_num_blocks,
 )
+from graphserve.runtime.step_fields import step_bytes
+from graphserve.runtime.step_plan import StepLimits
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,9 @@ PROMPT_LOGPROBS_ROWS = 128
 # Largest temporaries of the sampler, for each logit of a row that is drawn with top-p: the logits and their distances
 # in fp32, their exponentials, and sums of 64-bit integers.
 SAMPLER_BYTES_PER_LOGIT = 28
+# On a GPU, of the kernel that searches for the threshold of top-k and top-p; no other takes as much.
+SCRATCH_BYTES_PER_LOGIT = 4
+NUM_RESULT_SLOTS = 3  # two steps in flight, and one for steps that are made to be captured
 # Kept free on a GPU for captured graphs; what they took is measured when they are captured.
 GRAPH_BYTES = 256 << 20
 
@@ -107,7 +112,8 @@ def plan_memory(plan: Plan, config: EngineConfig, free_bytes: int, device_bytes:
             the ``max_model_len`` that the user set.
     """
     longest = int(plan.model["max_model_len"])
-    weights, workspace = weight_bytes(plan), workspace_bytes(plan, config, longest)
+    buffers = workspace_bytes if device_bytes is None else device_workspace_bytes
+    weights, workspace = weight_bytes(plan), buffers(plan, config, longest)
     graphs = GRAPH_BYTES if device_bytes is not None and not config.enforce_eager else 0
     budget = free_bytes
     if device_bytes is not None:
@@ -173,6 +179,20 @@ def workspace_bytes(plan: Plan, config: EngineConfig, max_model_len: int) -> int
     inputs = tokens * 8 * (2 + num_groups) + rows * 8 + seqs * 4 * (2 + num_groups * table_len)
     sampler = config.max_num_seqs * int(plan.model["vocab_size"]) * SAMPLER_BYTES_PER_LOGIT
     return layout(plan, tokens, rows).num_bytes + inputs + sampler
+
+
+def device_workspace_bytes(plan: Plan, config: EngineConfig, max_model_len: int) -> int:
+    """Buffers and inputs of the largest step that samples on the device, and its kernels' scratch memory."""
+    most = config.max_num_seqs
+    buckets = Buckets(most, False) if config.enforce_eager else CaptureBuckets(most, config.cudagraph_capture_sizes)
+    seqs = max(buckets.rows(most), buckets.mixed_rows(most))
+    tokens = max(seqs, buckets.tokens(config.token_budget(max_model_len)))
+    all_rows = most + PROMPT_LOGPROBS_ROWS
+    rows = max(seqs, buckets.rows(all_rows), buckets.mixed_rows(all_rows))
+    table_len = -(-int(plan.model["max_model_len"]) // config.block_size)
+    limits = StepLimits(most, rows, NUM_RESULT_SLOTS)
+    scratch = rows * int(plan.model["vocab_size"]) * SCRATCH_BYTES_PER_LOGIT
+    return step_bytes(plan, limits, table_len, (tokens, rows, seqs)) + scratch
 
 
 def _requirements(plan: Plan, config: EngineConfig, max_model_len: int) -> KVPoolRequirements:

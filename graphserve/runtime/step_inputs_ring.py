@@ -1,39 +1,25 @@
 """What a step carries to the device, packed: one host buffer for each step in flight, one copy, fixed addresses.
 
-Fields lie behind one another for exactly the step's size, so a small step copies little. Their places depend on the
-size alone, so the launches of a bucket find them at addresses that never change. A greedy step copies only the fields
-in front. Lists of token ids and the bitmask are long and mostly empty; they have buffers and copies of their own.
+Places depend on the step's size alone, so the launches of a bucket find their inputs at addresses that never change. A
+greedy step copies only the fields in front.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 
-from graphserve.plan.arena import ALIGNMENT
 from graphserve.plan.runner import StepSize, torch_dtype
 from graphserve.plan.schema import Plan
 from graphserve.plan.symbols import evaluate
+from graphserve.runtime.step_fields import LONG_FIELDS, NUM_SAMPLING_FIELDS, Place, end_of, packed_fields, places
 from graphserve.runtime.step_input import LogitsAdjustment, SamplingInput, StepInput
 from graphserve.runtime.step_plan import LISTS, StepLimits, Variant, step_inputs
 
 NO_LIMIT = 2**31 - 1
-
-# Fields that only steps with sampling parameters read.
-_SAMPLING: tuple[str, ...] = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "log_min_p",
-    "keys",
-    "repetition_penalty",
-    "frequency_penalty",
-)
-_SAMPLING += ("presence_penalty", *(f"{name}_starts" for name in LISTS))
-_FIELDS = ("host_ids", "host_slots", "token_lanes", "row_lanes", "stop_ids", "tokens_left", "ring_slot")
-_LONG = ("bitmask", *(f"{name}_ids" for name in LISTS), *(values for values in LISTS.values() if values is not None))
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -59,9 +45,8 @@ class StepInputsRing:
         self._num_groups = len(model.cache_groups)
         self._vocab_words = -(-int(model.model["vocab_size"]) // 32)
         self._largest = largest
-        self._specs = _fields(model, limits, block_table_len)
-        self._num_common = len(self._specs) - len(_SAMPLING)
-        self._places: dict[StepSize, dict[str, tuple[int, tuple[int, ...]]]] = {}
+        self._fields = packed_fields(model, limits, block_table_len)
+        self._places: dict[StepSize, dict[str, Place]] = {}
         num_bytes = self._ends(largest)[1]
         pinned = device.type == "cuda"
         self._device_bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
@@ -69,7 +54,7 @@ class StepInputsRing:
         specs = step_inputs(model, limits)
         self._long: dict[str, torch.Tensor] = {}
         self._host_long: list[dict[str, torch.Tensor]] = [{} for _ in _slots(limits)]
-        for name in _LONG:
+        for name in LONG_FIELDS:
             spec = specs[f"step.{name}"]
             shape = [evaluate(dim, 0, largest.num_rows) for dim in spec.shape]
             dtype = torch_dtype(spec.dtype)
@@ -81,7 +66,7 @@ class StepInputsRing:
     @property
     def names(self) -> dict[str, torch.Tensor]:
         """Every input by name, as a plan's runner is given them; :meth:`view` cuts a step's part out."""
-        return {**dict.fromkeys(self._specs, self._device_bytes), **self._long}
+        return {**dict.fromkeys(self._fields, self._device_bytes), **self._long}
 
     @property
     def num_bytes(self) -> int:
@@ -92,9 +77,9 @@ class StepInputsRing:
         """The part of an input that belongs to a step of this size. Other tensors (state, KV cache) stay whole."""
         if name == "step.bitmask":
             return tensor[: size.num_rows]
-        if name not in self._specs:
+        if name not in self._fields:
             return tensor
-        return _typed(tensor, self._place(size)[name], self._specs[name][1])
+        return _typed(tensor, self._place(size)[name], self._fields[name].dtype)
 
     def write(self, step: StepInput, variant: Variant, slot: int) -> None:
         """Pack a step into the slot's buffers and enqueue its copies to the device.
@@ -117,31 +102,20 @@ class StepInputsRing:
 
     def _ends(self, size: StepSize) -> tuple[int, int]:
         """Where the fields of a greedy step end, and all fields."""
-        ends = []
-        names = list(self._specs)
-        for name in (names[self._num_common - 1], names[-1]):
-            offset, shape = self._place(size)[name]
-            ends.append(offset + int(np.prod(shape)) * torch_dtype(self._specs[name][1]).itemsize)
-        return ends[0], ends[1]
+        names, where = list(self._fields), self._place(size)
+        last_common = names[-NUM_SAMPLING_FIELDS - 1]
+        return end_of(last_common, self._fields, where), end_of(names[-1], self._fields, where)
 
-    def _place(self, size: StepSize) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Offset in bytes and shape of each field."""
+    def _place(self, size: StepSize) -> dict[str, Place]:
         if size not in self._places:
-            places: dict[str, tuple[int, tuple[int, ...]]] = {}
-            offset = 0
-            for name, (symbolic, dtype) in self._specs.items():
-                shape = tuple(_dimension(dim, size) for dim in symbolic)
-                places[name] = (offset, shape)
-                num_bytes = int(np.prod(shape)) * torch_dtype(dtype).itemsize
-                offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
-            self._places[size] = places
+            self._places[size] = places(self._fields, size)
         return self._places[size]
 
     def _host_arrays(self, size: StepSize, slot: int) -> Arrays:
         if size not in self._arrays[slot]:
             assert all(a <= b for a, b in zip(size, self._largest, strict=True)), f"{size} is beyond {self._largest}"
             self._arrays[slot][size] = {
-                name: _typed(self._host_bytes[slot], place, self._specs[name][1]).numpy()
+                name: _typed(self._host_bytes[slot], place, self._fields[name].dtype).numpy()
                 for name, place in self._place(size).items()
             }
         return self._arrays[slot][size]
@@ -186,35 +160,10 @@ def list_ids(adjustment: LogitsAdjustment, name: str) -> np.ndarray[Any, Any] | 
     return ids
 
 
-def _fields(model: Plan, limits: StepLimits, block_table_len: int) -> dict[str, tuple[tuple[int | str, ...], str]]:
-    """Symbolic shape and dtype of every packed field, those of all steps first."""
-    given = step_inputs(model, limits)
-    fields: dict[str, tuple[tuple[int | str, ...], str]] = {
-        f"step.{name}": (given[f"step.{name}"].shape, given[f"step.{name}"].dtype) for name in _FIELDS
-    }
-    fields |= {
-        "positions": ((1, "T"), "int64"),
-        "logits_indices": (("R",), "int64"),
-        "query_start_loc": (("S+1",), "int32"),
-        "seq_lens": (("S",), "int32"),
-    }
-    for group in range(len(model.cache_groups)):
-        fields[f"block_table.{group}"] = (("S", block_table_len), "int32")
-    for name in _SAMPLING:
-        fields[f"step.{name}"] = (given[f"step.{name}"].shape, given[f"step.{name}"].dtype)
-    return fields
-
-
-def _dimension(dim: int | str, size: StepSize) -> int:
-    if isinstance(dim, str) and dim.startswith("S"):
-        return size.num_seqs + (dim == "S+1")
-    return evaluate(dim, size.num_tokens, size.num_rows)
-
-
-def _typed(memory: torch.Tensor, place: tuple[int, tuple[int, ...]], dtype: str) -> torch.Tensor:
+def _typed(memory: torch.Tensor, place: Place, dtype: str) -> torch.Tensor:
     offset, shape = place
     kind = torch_dtype(dtype)
-    return memory[offset : offset + int(np.prod(shape)) * kind.itemsize].view(kind).view(shape)
+    return memory[offset : offset + math.prod(shape) * kind.itemsize].view(kind).view(shape)
 
 
 def _slots(limits: StepLimits) -> range:

@@ -15,6 +15,7 @@ from graphserve.config import EngineConfig
 from graphserve.plan.runner import StepSize
 from graphserve.runtime.buckets import CaptureBuckets
 from graphserve.runtime.load import LoadedModel, load_model
+from graphserve.runtime.memory_plan import SCRATCH_BYTES_PER_LOGIT, device_workspace_bytes
 from graphserve.runtime.step_input import CARRIED, SamplingInput
 from graphserve.sampling_params import RequestOutputKind, SamplingParams
 from tests.runtime.recorded_engine import recorded_engine
@@ -141,6 +142,17 @@ def test_log_probabilities_are_those_of_the_golden_files(small_model: Golden) ->
         assert list(entry)[:5] == [token for token, _ in expected]
         assert [entry[token].logprob for token, _ in expected] == pytest.approx([x for _, x in expected], abs=1e-3)
     assert runner.num_variant_steps["logprobs"] == runner.num_variant_steps.total()
+
+
+def test_buffers_and_inputs_take_what_the_memory_plan_says(small_model: Golden) -> None:
+    loaded, _, options = small_model
+    config = EngineConfig.from_kwargs(**options, max_num_seqs=24, max_num_batched_tokens=300)
+    engine, runner = recorded_engine(loaded, config)
+    plan = loaded.model_runner.plan
+    planned = device_workspace_bytes(plan, config, loaded.max_model_len)
+    rows = runner.limits.max_rows
+    assert planned - rows * plan.model["vocab_size"] * SCRATCH_BYTES_PER_LOGIT == runner.workspace_bytes
+    engine.close()
 
 
 def table(vocab: int = 40) -> torch.Tensor:
