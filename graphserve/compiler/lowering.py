@@ -120,8 +120,8 @@ class Lowering:
         if not isinstance(target, torch._ops.OpOverload):
             raise CompileError(f"{node.format_node()}: not an operator")
         name = self._prefix + node.name
-        if target.namespace == "gs":
-            self._make_token_major(node, name)
+        if target.namespace == "gs" and target is not torch.ops.gs.pointwise.default:  # which takes any strides
+            self._make_rows(node, name)
         self._names[node] = name
         results, is_view, target = self._sample(node, target)
         if target in _COPIES and not is_view:
@@ -153,15 +153,15 @@ class Lowering:
             )
         )
 
-    def _make_token_major(self, node: fx.Node, name: str) -> None:
-        """Copy arguments in which a step's tokens lie within another dimension, such as heads: kernels need constant
-        strides, and theirs would grow with the number of tokens.
+    def _make_rows(self, node: fx.Node, name: str) -> None:
+        """Copy arguments that lie in memory as kernels do not take them: rows with gaps between their elements, and
+        tokens within another dimension, such as heads, whose stride then grows with the number of tokens.
         """
         for number, argument in enumerate(node.all_input_nodes):
             sample = self._samples.get(argument)
             if argument.op == "placeholder" or not isinstance(sample, torch.Tensor):
                 continue
-            if sample.is_contiguous() or not _strides_vary(argument.meta["val"], sample):
+            if sample.is_contiguous() or not (_has_gaps(sample) or _strides_vary(argument.meta["val"], sample)):
                 continue  # a copy of what lies in order already would look the same
             copy = f"{name}.in{number}"
             self._copy(self._names[argument], argument, copy, node)
@@ -251,6 +251,10 @@ class Lowering:
         if argument is None or isinstance(argument, (bool, int, float, str)):
             return argument
         raise CompileError(f"argument {argument!r} of type {type(argument).__name__} has no JSON form")
+
+
+def _has_gaps(sample: torch.Tensor) -> bool:
+    return sample.dim() > 0 and sample.shape[-1] > 1 and sample.stride(-1) != 1
 
 
 def _strides_vary(value: torch.Tensor, sample: torch.Tensor) -> bool:

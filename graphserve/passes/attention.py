@@ -26,7 +26,7 @@ from torch import fx
 
 from graphserve.passes.base import Match, Pass
 from graphserve.passes.context import PassContext
-from graphserve.passes.match import aten, dtype, is_gs, is_op, is_weight, rank, shape, value
+from graphserve.passes.match import aten, dtype, is_gs, is_op, is_weight, rank, shape
 from graphserve.plan.schema import CacheSpec
 
 
@@ -99,12 +99,10 @@ def check(match: Match, ctx: PassContext) -> str | None:
     return None
 
 
-def why_not_fused(q: Heads, k: Heads, v: Heads) -> str | None:
+def why_not_fused(q: Heads, k: Heads) -> str | None:
     """Why norm, rotation and write cannot be one op, or None."""
     if q.rope is None and k.rope is None and q.norm is None:
         return "q and k are neither normed nor rotated"
-    if v.heads_first or q.heads_first or k.heads_first:
-        return "q, k or v is not laid out token by token"
     if (q.rope is None) != (k.rope is None) or (q.norm is None) != (k.norm is None):
         return "q and k are treated differently"
     if q.rope is not None and k.rope is not None:
@@ -121,13 +119,9 @@ def why_not_fused(q: Heads, k: Heads, v: Heads) -> str | None:
 
 
 def _rows(ctx: PassContext, part: Heads) -> fx.Node:
-    """[T, H, D] with each row's heads side by side (the row stride may be larger)."""
+    """[T, H, D], a view; the lowering makes it contiguous where its strides are none that a kernel takes."""
     node = ctx.emit(aten.transpose.int, part.source, 1, 2) if part.heads_first else part.source
-    rows = ctx.emit(aten.reshape.default, node, [-1, part.heads, part.dim])
-    strides = value(rows).stride()
-    if strides[2] == 1 and (part.heads == 1 or strides[1] == part.dim):
-        return rows
-    return ctx.emit(aten.clone.default, rows, memory_format=torch.contiguous_format)
+    return ctx.emit(aten.reshape.default, node, [-1, part.heads, part.dim])
 
 
 def replacement(match: Match, ctx: PassContext) -> dict[fx.Node, fx.Node]:
@@ -141,8 +135,8 @@ def replacement(match: Match, ctx: PassContext) -> dict[fx.Node, fx.Node]:
         queries = _rows(ctx, read_heads(q, steps=False))
     else:
         heads_q, heads_k = (read_heads(part, steps=True) for part in (q, k))
-        heads_v = read_heads(v, steps=False)
-        if why_not_fused(heads_q, heads_k, heads_v) is None:
+        if why_not_fused(heads_q, heads_k) is None:
+            heads_v = read_heads(v, steps=False)
             queries = _fused_write(ctx, heads_q, heads_k, heads_v, kv_k, kv_v, slot_mapping)
         else:
             queries, keys, values = (_rows(ctx, read_heads(part, steps=False)) for part in (q, k, v))

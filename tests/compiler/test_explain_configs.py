@@ -31,10 +31,10 @@ CONFIGS = {
 DENSE = {"rms_norm": 2, "linear": 7, "activation": 1, "glu": 1, "rope": 2, "merge_linears": 2, "attention": 1}
 MOE = {"functionalize": 1, "rms_norm": 2, "linear": 5, "rope": 2, "row_reshape": 2, "merge_linears": 1, "attention": 1}
 MOE |= {"route": 1, "pointwise_groups": 1}  # the router's logits become fp32
-# q and kv have a down and an up projection; q, k and v are brought into the cache's order
-LATENT = DENSE | {"functionalize": 1, "rms_norm": 4, "linear": 8, "pointwise_groups": 3}
+# q and kv have a down and an up projection
+LATENT = DENSE | {"functionalize": 1, "rms_norm": 4, "linear": 8}
 LATENT_MOE = LATENT | {"functionalize": 3, "linear": 9, "row_reshape": 2, "route": 1, "weight_constants": 1}
-LATENT_MOE |= {"pointwise_groups": 5}  # and the router's input, and the sum with the shared expert
+LATENT_MOE |= {"pointwise_groups": 2}  # the router's input, and the sum with the shared expert
 EXPECTED: dict[str, dict[int, dict[str, int]]] = {  # by layer type, in order of first appearance
     "Llama-3.1-8B": {0: DENSE},
     "Qwen3-8B": {0: DENSE | {"rms_norm": 4}},

@@ -104,9 +104,9 @@ def test_the_reasons_against_fusing_are_told() -> None:
     apply(gm, *without_attention)
     trace = next(n for n in gm.graph.nodes if "attention_trace" in str(n.target))
     q, k, v = (read_heads(part, steps=True) for part in trace.args[:3])
-    assert why_not_fused(q, k, v) == "q and k are normed with different constants"
-    assert why_not_fused(v, v, v) == "q and k are neither normed nor rotated"
-    assert why_not_fused(q, v, v) == "q and k are treated differently"
+    assert why_not_fused(q, k) == "q and k are normed with different constants"
+    assert why_not_fused(v, v) == "q and k are neither normed nor rotated"
+    assert why_not_fused(q, v) == "q and k are treated differently"
 
 
 def test_a_layer_that_attends_to_another_layers_keys_reads_that_cache_and_writes_none() -> None:
