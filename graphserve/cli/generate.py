@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from graphserve import progress
 from graphserve.cli.engine_options import (
     add_local_options,
     add_model_argument,
@@ -15,6 +17,10 @@ from graphserve.cli.engine_options import (
     sampling_params,
 )
 from graphserve.errors import RequestError
+from graphserve.startup import StartupClock
+
+if TYPE_CHECKING:
+    from graphserve.cli.local_engine import LocalEngine
 
 
 def add_command(commands: Any) -> argparse.ArgumentParser:
@@ -30,6 +36,9 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "-p", "--prompt", action="append", metavar="TEXT", help="text to complete; may be repeated (default: stdin)"
     )
     parser.add_argument("--chat", action="store_true", help="send the prompt as a user message, by the chat template")
+    parser.add_argument(
+        "--startup-report", type=Path, metavar="FILE", help="write the time of each phase up to the first token as JSON"
+    )
     add_local_options(parser)
     parser.set_defaults(run=run)
     return parser
@@ -37,12 +46,25 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Print the completion of each prompt, several separated by an empty line."""
+    clock = StartupClock(progress.StreamSink()) if options.startup_report is not None else None
     prompts = _prompts(options)
     config = engine_config(options)
-    fetch_model(config)
-    from graphserve.cli.local_engine import LocalEngine
+    previous = progress.set_sink(clock)
+    try:
+        with progress.phase("import engine"):
+            fetch_model(config)
+            from graphserve.cli.local_engine import LocalEngine
+        status = _generate(options, prompts, LocalEngine(config), clock)
+    finally:
+        progress.set_sink(previous)
+    if clock is not None:
+        clock.write(options.startup_report)
+        sys.stderr.write(f"{clock}\n")
+    return status
 
-    with LocalEngine(config) as engine:
+
+def _generate(options: argparse.Namespace, prompts: list[str], local: LocalEngine, clock: StartupClock | None) -> int:
+    with local as engine:
         params = sampling_params(options, engine.default_sampling_params)
         if options.chat:
             prompts = [engine.render_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
@@ -50,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
         num_tokens = 0
         if len(prompts) == 1 and params.n == 1:
             for text, new_tokens in engine.stream(prompts[0], params, is_rendered=options.chat):
+                if clock is not None:
+                    clock.first_token(begin)
                 num_tokens += new_tokens
                 sys.stdout.write(text)
                 sys.stdout.flush()

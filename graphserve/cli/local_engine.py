@@ -17,15 +17,18 @@ from graphserve.sampling_params import RequestOutputKind, SamplingParams
 
 
 class LocalEngine:
-    """A context manager: loads on entry, gives everything back on exit."""
+    """A context manager: loads on entry, gives everything back on exit. Phases go to stderr if no sink is installed."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._request_numbers = itertools.count()
 
     def __enter__(self) -> LocalEngine:
-        previous = progress.set_sink(progress.StreamSink())
+        previous = progress.set_sink(None)
+        progress.set_sink(previous or progress.StreamSink())
         try:
+            with progress.phase("import torch"):
+                import graphserve.runtime.load  # noqa: F401  (the engine needs it; here it has a phase of its own)
             self._engine = LLMEngine.from_config(self._config)
         finally:
             progress.set_sink(previous)
