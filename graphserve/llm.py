@@ -154,6 +154,18 @@ class LLM:
         """The parameters used where none are given; changing the copy changes nothing else."""
         return self.llm_engine.default_sampling_params()
 
+    def sleep(self, level: int = 1) -> None:
+        """Give the memory of weights and KV cache back until :meth:`wake_up`. See :meth:`LLMEngine.sleep`."""
+        self.llm_engine.sleep(level)
+
+    def wake_up(self) -> None:
+        """Take memory and weights back. See :meth:`LLMEngine.wake_up`."""
+        self.llm_engine.wake_up()
+
+    def is_sleeping(self) -> bool:
+        """Whether the model sleeps; requests are then refused."""
+        return self.llm_engine.is_sleeping()
+
     def close(self) -> None:
         """Give all memory back. May be called more than once."""
         engine, self._engine = self._engine, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from graphserve.engine.executor import StepSizes
+from graphserve.errors import ConfigError
 from graphserve.plan.runner import StepSize
 from graphserve.plan.schema import CacheGroup
 from graphserve.runtime.buckets import Buckets, CaptureBuckets
@@ -12,6 +13,7 @@ from graphserve.runtime.device_runner import DeviceRunner, SubmittedStep
 from graphserve.runtime.kv_pool_size import kv_bytes_per_token
 from graphserve.runtime.step_input import StepInput
 from graphserve.runtime.step_plan import Variant
+from graphserve.runtime.weight_memory import WeightMemory
 
 
 class DeviceExecutor:
@@ -21,14 +23,20 @@ class DeviceExecutor:
         decode_sizes: sequences of the decode steps that are captured, see :class:`CaptureBuckets`.
         record_ahead: variants of decode steps that are recorded before the first request comes; others, and steps with
             a prefill, when they are first needed.
+        weights: those of the runner, where they can sleep.
     """
 
     def __init__(
-        self, runner: DeviceRunner, decode_sizes: Sequence[int] | None = None, record_ahead: Sequence[Variant] = ()
+        self,
+        runner: DeviceRunner,
+        decode_sizes: Sequence[int] | None = None,
+        record_ahead: Sequence[Variant] = (),
+        weights: WeightMemory | None = None,
     ) -> None:
         self._runner: DeviceRunner | None = runner
         self._decode_sizes = decode_sizes
         self._record_ahead = record_ahead
+        self._weights = weights
         self.max_in_flight = runner.max_in_flight
         self.num_variant_steps: Mapping[str, int] = runner.num_variant_steps
         self.vocab_size = int(runner.plan.model["vocab_size"])
@@ -50,7 +58,23 @@ class DeviceExecutor:
         assert self._runner is not None, "the executor is closed"
         return self._runner.submit(step_input)
 
+    def sleep(self, level: int) -> None:
+        assert self._runner is not None and self._runner.is_idle, "the executor is closed, or a step on its way"
+        pool = self._runner.kv_cache
+        if self._weights is None or pool is None or not pool.can_unmap:
+            raise ConfigError("sleep needs a CUDA device: recorded steps hold the addresses of weights and KV pool")
+        self._weights.sleep(level)
+        pool.unmap()
+
+    def wake_up(self) -> None:
+        assert self._runner is not None and self._weights is not None, "the executor is closed"
+        self._weights.wake_up()
+        assert self._runner.kv_cache is not None
+        self._runner.kv_cache.map()
+
     def close(self) -> None:
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()
+        if self._weights is not None:
+            self._weights.close()

@@ -160,6 +160,15 @@ class EngineCore:
             num_variant_steps_total=dict(self._executor.num_variant_steps),
         )
 
+    def sleep(self, level: int) -> None:
+        """Give the executor's memory back until :meth:`wake_up`; there must be no request."""
+        assert not self._requests and not self._handles, "a request is running"
+        self._executor.sleep(level)
+
+    def wake_up(self) -> None:
+        """Take the memory again."""
+        self._executor.wake_up()
+
     def close(self) -> None:
         """End all requests and give the executor's memory back. Also right after an exception of the executor."""
         for request in self._requests.values():

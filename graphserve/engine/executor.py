@@ -57,6 +57,19 @@ class Executor(Protocol):
         An exception, here or from the handle, ends the engine: the KV cache may be half written.
         """
 
+    def sleep(self, level: int) -> None:
+        """Give the memory of KV pool and weights back; no step may be on its way.
+
+        Args:
+            level: 1 keeps a copy of the weights in the host's memory, 2 reads them again when the executor wakes up.
+
+        Raises:
+            ConfigError: level 2, and the weights cannot be read again; nothing was given back.
+        """
+
+    def wake_up(self) -> None:
+        """Take the memory again; the KV pool is empty. The executor sleeps on if this raises."""
+
     def close(self) -> None:
         """Wait for submitted steps, whose results are lost, and give weights, KV pool and buffers back.
 

@@ -81,6 +81,7 @@ class LLMEngine:
             executor, limits, self.num_blocks, config.block_size, pad_steps=not config.enforce_eager
         )
         self._death: BaseException | None = None
+        self._is_sleeping = False
         logger.info(
             "KV cache: %d blocks of %d tokens, %.1f MiB",
             self.num_blocks,
@@ -123,10 +124,12 @@ class LLMEngine:
             params: None takes the model's defaults.
 
         Raises:
-            RequestError: the request cannot be served; nothing has been queued.
+            RequestError: the request cannot be served, or the engine sleeps; nothing has been queued.
             EngineDeadError: the engine has stopped.
         """
         core = self._living_core()
+        if self._is_sleeping:
+            raise RequestError("the engine sleeps: call wake_up() before the request")
         if request_id in self._output_processor:
             raise RequestError(f"request id {request_id!r} is in use: choose another", param="request_id")
         if not isinstance(prompt, ProcessedInput):
@@ -190,6 +193,50 @@ class LLMEngine:
     def default_sampling_params(self) -> SamplingParams:
         """Sampling parameters of requests that bring none: the model's generation config over our defaults."""
         return SamplingParams(**self._default_sampling)
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the memory of weights and KV cache back until :meth:`wake_up`; requests are refused meanwhile.
+
+        On a GPU all of both goes, and comes back at the same addresses, so that captured graphs stay. On a CPU, where
+        the weights are in host memory as it is, level 1 gives the KV cache back only. Nothing happens to an engine that
+        sleeps already.
+
+        Args:
+            level: 1 keeps the weights in the host's memory, 2 reads the checkpoint again at :meth:`wake_up`.
+
+        Raises:
+            RequestError: a request has not ended.
+            ConfigError: the level is not 1 or 2, or level 2 and the weights cannot be read again.
+        """
+        if level not in (1, 2):
+            raise ConfigError(
+                f"level={level!r} is not allowed: 1 keeps the weights in host memory, 2 reads the checkpoint again"
+            )
+        core = self._living_core()
+        if self._is_sleeping:
+            return
+        if self.has_unfinished_requests():
+            raise RequestError(
+                f"{self.get_num_unfinished_requests()} requests have not ended: run them to their end or abort them "
+                "before the engine sleeps"
+            )
+        core.sleep(level)
+        self._is_sleeping = True
+
+    def wake_up(self) -> None:
+        """Take memory and weights back. Nothing happens to an engine that is awake; one that fails here sleeps on.
+
+        Raises:
+            DeviceError: the device has not enough free memory now.
+            CheckpointError: after level 2, the checkpoint cannot be read any more.
+        """
+        core = self._living_core()
+        if self._is_sleeping:
+            core.wake_up()
+            self._is_sleeping = False
+
+    def is_sleeping(self) -> bool:
+        return self._is_sleeping
 
     def stats(self) -> EngineCoreStats:
         """Counters and gauges of now."""

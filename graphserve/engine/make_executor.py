@@ -50,4 +50,4 @@ def _device_executor(config: EngineConfig, model: ModelRunner) -> Executor:
         stream=stream,
     )
     record_ahead: tuple[Variant, ...] = () if config.enforce_eager else ("greedy", "sample")
-    return DeviceExecutor(runner, config.cudagraph_capture_sizes, record_ahead)
+    return DeviceExecutor(runner, config.cudagraph_capture_sizes, record_ahead, model.weight_memory)

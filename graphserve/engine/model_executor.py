@@ -30,6 +30,10 @@ class Runner(Protocol):
     def forward(self, step: StepInput) -> torch.Tensor:
         """Logits [R, vocab]; the buffer is the caller's until the next call."""
 
+    def sleep(self, level: int) -> None: ...
+
+    def wake_up(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -81,6 +85,14 @@ class ModelExecutor:
         lanes = step_input.row_lanes[: len(output.token_ids)]
         self._last_tokens[lanes] = [0 if token_id == INVALID_TOKEN else token_id for token_id in output.token_ids]
         return FinishedStep(output)
+
+    def sleep(self, level: int) -> None:
+        assert self._runner is not None, "the executor is closed"
+        self._runner.sleep(level)
+
+    def wake_up(self) -> None:
+        assert self._runner is not None, "the executor is closed"
+        self._runner.wake_up()
 
     def close(self) -> None:
         runner, self._runner = self._runner, None

@@ -1,4 +1,4 @@
-"""The part of the CUDA driver API that loading and launching kernels needs, called through ctypes.
+"""The part of the CUDA driver API that kernels and memory at fixed addresses need, called through ctypes.
 
 No torch extension and no compiler: only the ``libcuda`` that comes with the GPU's driver.
 """
@@ -6,7 +6,7 @@ No torch extension and no compiler: only the ``libcuda`` that comes with the GPU
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_int, c_uint, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ushort, c_void_p
 from typing import Any
 
 from graphserve.errors import DeviceError
@@ -35,6 +35,35 @@ class LaunchConfig(Structure):
     ]  # fmt: skip
 
 
+class MemoryLocation(Structure):
+    """``CUmemLocation``."""
+
+    DEVICE = 1  # CU_MEM_LOCATION_TYPE_DEVICE
+
+    _fields_ = [("type", c_int), ("id", c_int)]
+
+
+class MemoryProperties(Structure):
+    """``CUmemAllocationProp``."""
+
+    PINNED = 1  # CU_MEM_ALLOCATION_TYPE_PINNED
+
+    _fields_ = [
+        ("type", c_int), ("requested_handle_types", c_int), ("location", MemoryLocation),
+        ("win32_metadata", c_void_p),
+        ("compression_type", c_ubyte), ("gpu_direct_rdma_capable", c_ubyte), ("usage", c_ushort),
+        ("reserved", c_ubyte * 4),
+    ]  # fmt: skip
+
+
+class MemoryAccess(Structure):
+    """``CUmemAccessDesc``."""
+
+    READ_WRITE = 3  # CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+
+    _fields_ = [("location", MemoryLocation), ("flags", c_int)]
+
+
 # Function → argument types; each returns a CUresult.
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
@@ -43,10 +72,19 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuDeviceGet": (POINTER(c_int), c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
     "cuCtxSetCurrent": (c_void_p,),
+    "cuCtxSynchronize": (),
     "cuModuleLoadData": (POINTER(c_void_p), c_char_p),
     "cuModuleUnload": (c_void_p,),
     "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
     "cuFuncSetAttribute": (c_void_p, c_int, c_int),
+    "cuMemGetAllocationGranularity": (POINTER(c_size_t), POINTER(MemoryProperties), c_int),
+    "cuMemAddressReserve": (POINTER(c_uint64), c_size_t, c_size_t, c_uint64, c_uint64),
+    "cuMemAddressFree": (c_uint64, c_size_t),
+    "cuMemCreate": (POINTER(c_uint64), c_size_t, POINTER(MemoryProperties), c_uint64),
+    "cuMemRelease": (c_uint64,),
+    "cuMemMap": (c_uint64, c_size_t, c_size_t, c_uint64, c_uint64),
+    "cuMemUnmap": (c_uint64, c_size_t),
+    "cuMemSetAccess": (c_uint64, c_size_t, POINTER(MemoryAccess), c_size_t),
     "cuLaunchKernelEx": (POINTER(LaunchConfig), c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
 }
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from graphserve.plan.runner import torch_dtype
 from graphserve.plan.schema import Plan
+from graphserve.runtime.virtual_memory import arena_on, padded_bytes
 
 
 class KVCache:
@@ -13,7 +16,7 @@ class KVCache:
 
     The i-th layer of every cache group lives in pool tensor i: a block belongs to one group at a time, so the same
     bytes serve whichever group holds the block. Within a block a layer keeps its keys, then its values, each
-    ``[kv_heads, block_size, dim]``.
+    ``[kv_heads, block_size, dim]``. On CUDA the pool lies in virtual memory, which can be unmapped and mapped again.
 
     Args:
         plan: its cache layers and groups.
@@ -31,12 +34,18 @@ class KVCache:
         self.block_size = block_size
         specs = plan.cache_layers
         num_tensors = max((len(g.layers) for g in plan.cache_groups), default=0)
-        pools: list[torch.Tensor] = []
+        row_bytes: list[int] = []
         for i in range(num_tensors):
             sharing = [specs[g.layers[i]] for g in plan.cache_groups if i < len(g.layers)]
             # A block must hold whichever layer needs most; 64 bytes keep every block aligned for vector loads.
-            block_bytes = -(-max(s.bytes_per_token for s in sharing) * block_size // 64) * 64
-            pools.append(torch.zeros(num_blocks, block_bytes, dtype=torch.uint8, device=device))
+            row_bytes.append(-(-max(s.bytes_per_token for s in sharing) * block_size // 64) * 64)
+        shapes = [(num_blocks, count) for count in row_bytes]
+        self._arena = arena_on(device, sum(padded_bytes(math.prod(shape)) for shape in shapes))
+        if self._arena is None:
+            pools = [torch.zeros(shape, dtype=torch.uint8, device=device) for shape in shapes]
+        else:
+            self._arena.bytes.zero_()
+            pools = [self._arena.allocate(shape, torch.uint8) for shape in shapes]
         self.num_bytes = sum(p.numel() for p in pools)
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         pool_of = {layer: pools[i] for g in plan.cache_groups for i, layer in enumerate(g.layers)}
@@ -52,3 +61,25 @@ class KVCache:
             strides = (pool.stride(0), block_size * spec.v_dim, spec.v_dim, 1)
             values = pool.as_strided((*shape, spec.v_dim), strides, pool.storage_offset() + k_size)
             self.layers.append((keys, values))
+
+    @property
+    def can_unmap(self) -> bool:
+        """Whether its memory can leave while its addresses stay."""
+        return self._arena is not None
+
+    def unmap(self) -> None:
+        """Give the pool's memory back and lose what it holds; until :meth:`map` there may be no step."""
+        assert self._arena is not None, "the pool is not in virtual memory"
+        self._arena.unmap()
+
+    def map(self) -> None:
+        """Take memory again, at the same addresses, filled with zeros.
+
+        Raises:
+            DeviceError: the device has not that much free memory.
+        """
+        assert self._arena is not None, "the pool is not in virtual memory"
+        self._arena.map()
+        with torch.inference_mode():
+            self._arena.bytes.zero_()
+        self._arena.synchronize()  # steps may run on another stream

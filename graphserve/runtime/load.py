@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,21 +75,21 @@ def load_model(config: EngineConfig, backend: Backend = "auto") -> LoadedModel:
         found = find_or_compile(config, folder, store)
         plan, constants = found.compiled.plan, found.compiled.constants
         assert found.weight_program is not None
-        parameters = run_program(found.weight_program, folder)
+        parameters = partial(run_program, found.weight_program, folder)
     with phase("plan memory") as work:
         memory = plan_memory(plan, config, *device_memory(device))
         work.note = str(memory)
     for line in memory.lines():
         logger.info(line)
-    with phase("load weights", unit="tensors") as work:
 
-        def counted() -> Iterator[tuple[str, torch.Tensor]]:
-            for item in parameters:
+    def read() -> Iterator[tuple[str, torch.Tensor]]:
+        with phase("load weights", unit="tensors") as work:
+            for item in parameters():
                 work.advance()
                 yield item
 
-        is_tiered = config.start == "tiered"
-        runner = ModelRunner(plan, counted(), constants, device, backend, store, config.deterministic, is_tiered)
+    is_tiered = config.start == "tiered"
+    runner = ModelRunner(plan, read, constants, device, backend, store, config.deterministic, is_tiered)
     defaults = load_generation_defaults(
         folder,
         plan.model["eos_token_id"],
@@ -103,14 +104,16 @@ def find_model(config: EngineConfig) -> Path:
     return resolve_model(config.model, config.revision, config.download_dir, config.hf_token)
 
 
-def _dummy_model(config: EngineConfig, folder: Path) -> tuple[BuildResult, Iterator[tuple[str, torch.Tensor]]]:
+def _dummy_model(
+    config: EngineConfig, folder: Path
+) -> tuple[BuildResult, Callable[[], Iterator[tuple[str, torch.Tensor]]]]:
     from graphserve.compiler.capture import register_interfaces
     from graphserve.models.weight_loading import dummy_parameters
 
     register_interfaces()
     meta, max_model_len = build_meta(config, folder, None)
     built = compile_model(meta, max_model_len, quantization=config.quantization)
-    return built, dummy_parameters(meta, config.seed)
+    return built, partial(dummy_parameters, meta, config.seed)
 
 
 def _device(config: EngineConfig) -> torch.device:

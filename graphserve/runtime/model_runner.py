@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,7 +18,7 @@ from graphserve.runtime.background_build import BackgroundBuild
 from graphserve.runtime.cpp_backend import CppBackend, lower_to_cpp
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.step_input import StepInput
-from graphserve.runtime.weights import materialize_weights
+from graphserve.runtime.weight_memory import NO_COPY, ParameterSource, WeightMemory
 
 if TYPE_CHECKING:
     from graphserve.runtime.triton_backend import TritonBackend
@@ -34,7 +33,8 @@ class ModelRunner:
 
     Args:
         plan: the compiled model.
-        parameters: (name, tensor) of the model's parameters, as a dict or a stream that is read once.
+        parameters: (name, tensor) of the model's parameters: a dict or a stream that is read once, or a function that
+            gives such a stream each time it is called.
         constants: the plan's constants (``BuildResult.constants``).
         backend: ``reference`` runs every launch as plain torch; ``cpp`` uses generated C++ where there is a kernel;
             ``auto`` is ``cpp`` if the kernels are stored or can be built, else ``reference`` with a warning.
@@ -52,7 +52,7 @@ class ModelRunner:
     def __init__(
         self,
         plan: Plan,
-        parameters: Iterable[tuple[str, torch.Tensor]] | dict[str, torch.Tensor],
+        parameters: ParameterSource,
         constants: dict[str, torch.Tensor] | None = None,
         device: torch.device | str = "cpu",
         backend: Backend = "auto",
@@ -60,24 +60,19 @@ class ModelRunner:
         deterministic: bool = False,
         is_tiered: bool = False,
     ) -> None:
-        if deterministic and is_tiered:
+        if deterministic and (is_tiered or backend == "reference"):
             raise ConfigError(
-                "deterministic=True with start='tiered': plain torch, which runs at first, does not keep that. Use "
-                "start='full', or deterministic=False"
-            )
-        if deterministic and backend == "reference":
-            raise ConfigError(
-                "deterministic=True with the reference backend: plain torch may add up in another order for another "
-                "number of rows. Use generated kernels (backend='auto' or 'cpp'), or deterministic=False"
+                "deterministic=True with the reference backend or a tiered start: plain torch may add up in another "
+                "order for another number of rows. Use backend='auto' or 'cpp' and start='full', or deterministic=False"
             )
         register_all()
         self.plan = plan
         self.device = torch.device(device)
-        stream = parameters.items() if isinstance(parameters, dict) else parameters
-        weights = materialize_weights(plan, stream, constants or {}, self.device)
-        self.weight_bytes = sum(w.numel() * w.element_size() for w in weights.values())
+        self.weight_memory = WeightMemory(plan, parameters, constants or {}, self.device)
+        self.weight_bytes = self.weight_memory.num_bytes
         self.kv_cache: KVCache | None = None
-        self._weights = weights
+        self._weights = self.weight_memory.tensors
+        self._slept_pool: tuple[int, int] | None = None  # blocks and block size of a sleeping model's KV cache
         self._store = store if store is not None else open_store()
         self._backend = backend
         self._is_tiered = is_tiered
@@ -89,7 +84,7 @@ class ModelRunner:
         self._triton: TritonBackend | None = None
         self._block_table_len = 0
         self._inputs: dict[str, torch.Tensor] = {}
-        self._runner = PlanRunner(plan, weights, self._inputs, _view_input, self.device)
+        self._runner = PlanRunner(plan, self._weights, self._inputs, _view_input, self.device)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -103,10 +98,7 @@ class ModelRunner:
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> None:
         """Make the KV pool. May be called again: the old pool and its contents are dropped."""
-        self.kv_cache = None
-        for name in [n for n in self._inputs if n.startswith(("kv_", "block_table."))]:
-            del self._inputs[name]
-        self._runner.invalidate()
+        self._drop_kv_cache()
         with phase("allocate KV cache"):
             self.kv_cache = KVCache(self.plan, num_blocks, block_size, self.device)
         for layer, (keys, values) in enumerate(self.kv_cache.layers):
@@ -118,6 +110,49 @@ class ModelRunner:
             self._use_cpp()
         elif self._is_triton:
             self._use_triton()
+
+    def _drop_kv_cache(self) -> None:
+        self.kv_cache = None
+        for name in [n for n in self._inputs if n.startswith(("kv_", "block_table."))]:
+            del self._inputs[name]
+        self._runner.invalidate()
+
+    def sleep(self, level: int) -> None:
+        """Give memory back until :meth:`wake_up`: the KV pool, whose contents are lost, and weights.
+
+        Args:
+            level: 1 keeps the weights in the host's memory, 2 reads them again when the model wakes up.
+
+        Raises:
+            ConfigError: there is no KV pool, or level 2 and the parameters cannot be read again.
+        """
+        if self.kv_cache is None:
+            raise ConfigError("sleep needs a model that is awake and has a KV pool")
+        self.weight_memory.sleep(level)
+        self._slept_pool = self.kv_cache.num_blocks, self.kv_cache.block_size
+        if self.kv_cache.can_unmap:
+            self.kv_cache.unmap()
+            return
+        self._drop_kv_cache()
+        if level == NO_COPY and self._cpp is not None:
+            self._cpp = None  # with the packed weights
+            self._runner.set_plan(self.plan, {})
+
+    def wake_up(self) -> None:
+        """Take memory again. Nothing happens if the model is awake.
+
+        Raises:
+            DeviceError: the device has not that much free memory; the model sleeps on.
+            CheckpointError: level 2, and the checkpoint cannot be read any more; the model sleeps on.
+        """
+        if self._slept_pool is None:
+            return
+        self.weight_memory.wake_up()
+        if self.kv_cache is not None:
+            self.kv_cache.map()
+        else:
+            self.allocate_kv_cache(*self._slept_pool)
+        self._slept_pool = None
 
     def _use_cpp(self) -> None:
         """Switch launches to generated C++ for the pool's block size, now or when it is built."""
@@ -190,8 +225,10 @@ class ModelRunner:
         """Logits [R, vocab] of a step, in the model's dtype; a view that the next call overwrites.
 
         Raises:
-            ConfigError: no KV cache was allocated.
+            ConfigError: no KV cache was allocated, or the model sleeps.
         """
+        if self._slept_pool is not None:
+            raise ConfigError("forward of a sleeping model: call wake_up first")
         if self.kv_cache is None:
             raise ConfigError("forward before allocate_kv_cache: the model has nowhere to keep keys and values")
         self._change_over()
@@ -210,6 +247,7 @@ class ModelRunner:
             self._triton.close()
             self._triton = None
         self._runner.release()
+        self.weight_memory.close()
         self._store.close()
 
     def _grow_inputs(self, size: StepSize) -> None:

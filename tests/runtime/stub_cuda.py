@@ -9,12 +9,13 @@ import re
 import struct
 import subprocess
 import tempfile
-from ctypes import CFUNCTYPE, c_char_p, c_int, c_uint, c_void_p
+from ctypes import CFUNCTYPE, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 
 import triton
 
 ERRORS = {
     1: (b"CUDA_ERROR_INVALID_VALUE", b"invalid argument"),
+    2: (b"CUDA_ERROR_OUT_OF_MEMORY", b"out of memory"),
     500: (b"CUDA_ERROR_NOT_FOUND", b"named symbol not found"),
 }
 _PARAMETER = re.compile(r"Ordinal : (0x[0-9a-f]+)\s+Offset  : (0x[0-9a-f]+)\s+Size    : (0x[0-9a-f]+)")
@@ -36,8 +37,9 @@ class StubCuda:
     ``fail`` maps a function's name to the CUresult that it returns.
     """
 
-    def __init__(self, cubins):
+    def __init__(self, cubins, free_bytes=1 << 40):
         self.cubins = cubins  # kernel name → cubin
+        self.memory = StubMemory(free_bytes)
         self.calls, self.launches, self.fail = [], [], {}
         self._modules, self._functions, self._keep = {}, {}, []
 
@@ -114,6 +116,113 @@ class StubCuda:
         )
         return 0
 
+    def _cuMemGetAllocationGranularity(self, out, properties, option):  # noqa: N802
+        return self.memory.granularity(ctypes.string_at(properties, 32), option, out)
+
+    def _cuMemAddressReserve(self, out, size, alignment, address, flags):  # noqa: N802
+        return self.memory.reserve(size, (alignment, address, flags), out)
+
+    def _cuMemAddressFree(self, address, size):  # noqa: N802
+        return self.memory.free_addresses(address, size)
+
+    def _cuMemCreate(self, out, size, properties, flags):  # noqa: N802
+        return self.memory.create(size, ctypes.string_at(properties, 32), flags, out)
+
+    def _cuMemRelease(self, handle):  # noqa: N802
+        return self.memory.release(handle)
+
+    def _cuMemMap(self, address, size, offset, handle, flags):  # noqa: N802
+        return self.memory.map(address, size, (offset, flags), handle)
+
+    def _cuMemUnmap(self, address, size):  # noqa: N802
+        return self.memory.unmap(address, size)
+
+    def _cuMemSetAccess(self, address, size, access, count):  # noqa: N802
+        return self.memory.set_access(address, size, ctypes.string_at(access, 12), count)
+
+
+class StubMemory:
+    """The device's memory: what is reserved, created, mapped and accessible, by the rules of the driver's manual.
+
+    Attributes:
+        reserved: address → bytes.
+        handles: handle → bytes, of those not released.
+        mapped: address → (bytes, handle).
+        accessible: addresses of mappings that the device may read and write.
+        free_bytes: of memory.
+    """
+
+    GRANULARITY = 2 << 20
+
+    def __init__(self, free_bytes):
+        self.free_bytes = free_bytes
+        self.reserved, self.handles, self.mapped, self.accessible = {}, {}, {}, set()
+        self._next_address, self._next_handle = 0x7000_0000_0000, 0x3000
+
+    @staticmethod
+    def _is_device_memory(properties):
+        """Pinned memory of device 0 that nobody else opens: type, handle types, location, and nothing else."""
+        return struct.unpack("<iiii", properties[:16]) == (1, 0, 1, 0) and not any(properties[16:])
+
+    def granularity(self, properties, option, out):
+        return _write(out, self.GRANULARITY) if self._is_device_memory(properties) and option == 0 else 1
+
+    def reserve(self, size, rest, out):
+        if size == 0 or size % self.GRANULARITY or rest != (0, 0, 0):
+            return 1
+        address, self._next_address = self._next_address, self._next_address + size + self.GRANULARITY
+        self.reserved[address] = size
+        return _write(out, address)
+
+    def free_addresses(self, address, size):
+        inside = any(address <= start < address + size for start in self.mapped)
+        if self.reserved.get(address) != size or inside:
+            return 1
+        del self.reserved[address]
+        return 0
+
+    def create(self, size, properties, flags, out):
+        if size == 0 or size % self.GRANULARITY or flags or not self._is_device_memory(properties):
+            return 1
+        if size > self.free_bytes:
+            return 2
+        self.free_bytes -= size
+        self._next_handle += 1
+        self.handles[self._next_handle] = size
+        return _write(out, self._next_handle)
+
+    def release(self, handle):
+        if handle not in self.handles:
+            return 1
+        size = self.handles.pop(handle)
+        if all(owner != handle for _, owner in self.mapped.values()):
+            self.free_bytes += size
+        return 0
+
+    def map(self, address, size, rest, handle):
+        is_reserved = any(a <= address and address + size <= a + n for a, n in self.reserved.items())
+        overlaps = any(a < address + size and address < a + n for a, (n, _) in self.mapped.items())
+        if not is_reserved or overlaps or rest != (0, 0) or self.handles.get(handle) != size:
+            return 1
+        self.mapped[address] = (size, handle)
+        return 0
+
+    def unmap(self, address, size):
+        if self.mapped.get(address, (0, 0))[0] != size:
+            return 1
+        _, handle = self.mapped.pop(address)
+        self.accessible.discard(address)
+        if handle not in self.handles:
+            self.free_bytes += size
+        return 0
+
+    def set_access(self, address, size, access, count):
+        # Location type and id, then read and write.
+        if self.mapped.get(address, (0, 0))[0] != size or count != 1 or struct.unpack("<iii", access) != (1, 0, 3):
+            return 1
+        self.accessible.add(address)
+        return 0
+
 
 def _write(out, value):
     ctypes.cast(out, ctypes.POINTER(c_void_p))[0] = value
@@ -127,9 +236,18 @@ _SIGNATURES = {
     "cuDeviceGet": (c_void_p, c_int),
     "cuDevicePrimaryCtxRetain": (c_void_p, c_int),
     "cuCtxSetCurrent": (c_void_p,),
+    "cuCtxSynchronize": (),
     "cuModuleLoadData": (c_void_p, c_void_p),
     "cuModuleUnload": (c_void_p,),
     "cuModuleGetFunction": (c_void_p, c_void_p, c_char_p),
     "cuFuncSetAttribute": (c_void_p, c_int, c_int),
+    "cuMemGetAllocationGranularity": (c_void_p, c_void_p, c_int),
+    "cuMemAddressReserve": (c_void_p, c_size_t, c_size_t, c_uint64, c_uint64),
+    "cuMemAddressFree": (c_uint64, c_size_t),
+    "cuMemCreate": (c_void_p, c_size_t, c_void_p, c_uint64),
+    "cuMemRelease": (c_uint64,),
+    "cuMemMap": (c_uint64, c_size_t, c_size_t, c_uint64, c_uint64),
+    "cuMemUnmap": (c_uint64, c_size_t),
+    "cuMemSetAccess": (c_uint64, c_size_t, c_void_p, c_size_t),
     "cuLaunchKernelEx": (c_void_p, c_void_p, c_void_p, c_void_p),
 }

@@ -15,7 +15,13 @@ from graphserve.kernels.arg_spec import ArgSpec  # noqa: E402
 from graphserve.kernels.triton import TritonArgument, TritonKernel, generate  # noqa: E402
 from graphserve.kernels.triton.compile import compile_for  # noqa: E402
 from graphserve.runtime.cubin import KernelParameter, kernel_parameters  # noqa: E402
-from graphserve.runtime.cuda_driver import CudaDriver, LaunchAttribute, LaunchConfig  # noqa: E402
+from graphserve.runtime.cuda_driver import (  # noqa: E402
+    CudaDriver,
+    LaunchAttribute,
+    LaunchConfig,
+    MemoryAccess,
+    MemoryProperties,
+)
 from graphserve.runtime.cuda_launcher import ArgumentBuffer, CudaLauncher  # noqa: E402
 from tests.runtime.stub_cuda import StubCuda, parameter_table  # noqa: E402
 
@@ -68,6 +74,9 @@ def test_the_stub_declares_what_cuda_h_declares(tmp_path):
     source = tmp_path / "layout.c"
     source.write_text(
         f"#include <stddef.h>\n#include <stdio.h>\n#include <cuda.h>\nint main(void) {{ {prints}"
+        'printf("%zu %zu %zu %zu %d %d %d %d ", sizeof(CUmemAllocationProp), offsetof(CUmemAllocationProp, location),'
+        " offsetof(CUmemAllocationProp, allocFlags), sizeof(CUmemAccessDesc), CU_MEM_ALLOCATION_TYPE_PINNED,"
+        " CU_MEM_LOCATION_TYPE_DEVICE, CU_MEM_ACCESS_FLAGS_PROT_READWRITE, CU_MEM_ALLOC_GRANULARITY_MINIMUM);"
         'printf("%zu %zu %zu %d %d", sizeof(CUlaunchConfig), sizeof(CUlaunchAttribute), offsetof(CUlaunchAttribute,'
         " value), CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,"
         " CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES); }"
@@ -77,7 +86,9 @@ def test_the_stub_declares_what_cuda_h_declares(tmp_path):
     numbers = [int(n) for n in subprocess.run([program], check=True, capture_output=True).stdout.split()]
     assert numbers[: len(names)] == [getattr(LaunchConfig, name).offset for name in ours]
     sizes = [ctypes.sizeof(LaunchConfig), ctypes.sizeof(LaunchAttribute), LaunchAttribute.value.offset]
-    assert numbers[len(names) :] == [*sizes, 6, 8]
+    places = [MemoryProperties.location.offset, MemoryProperties.compression_type.offset]
+    memory = [ctypes.sizeof(MemoryProperties), *places, ctypes.sizeof(MemoryAccess), 1, 1, 3, 0]
+    assert numbers[len(names) :] == [*memory, *sizes, 6, 8]
 
 
 def test_parameters_are_those_that_cuobjdump_prints(compiled):
