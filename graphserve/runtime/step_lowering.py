@@ -17,12 +17,12 @@ from graphserve.runtime.triton_plan import TritonPlan, lower_to_triton
 
 
 def lower_variants(
-    plans: Sequence[Plan], kv_cache: KVCache, target: str, deterministic: bool = False
+    plans: Sequence[Plan], kv_cache: KVCache, target: str, deterministic: bool = False, overlap: bool = False
 ) -> tuple[list[TritonPlan], TritonPlan]:
     """The GPU form of each plan, and one of all their kernels together."""
-    lowered = [lower_to_triton(plan, kv_cache, target, deterministic) for plan in plans]
+    lowered = [lower_to_triton(plan, kv_cache, target, deterministic, overlap) for plan in plans]
     every = [kernels for plan in lowered for kernels in plan.kernels.values()]
-    return lowered, TritonPlan(lowered[0].plan, dict(enumerate(every)), {}, deterministic)
+    return lowered, TritonPlan(lowered[0].plan, dict(enumerate(every)), {}, deterministic, overlap)
 
 
 class TritonLowering:
@@ -33,22 +33,29 @@ class TritonLowering:
         stream: that launches go to; a graph is captured on it.
         store: where compiled kernels are kept.
         deterministic: a row's bits must not depend on the other rows of its step.
+        overlap: launch kernels while the one in front still runs; off until a measurement shows a gain.
     """
 
     def __init__(
-        self, device: torch.device, stream: torch.cuda.Stream, store: ArtifactStore, deterministic: bool = False
+        self,
+        device: torch.device,
+        stream: torch.cuda.Stream,
+        store: ArtifactStore,
+        deterministic: bool = False,
+        overlap: bool = False,
     ) -> None:
         self._device = device
         self._stream = stream
         self._store = store
         self._deterministic = deterministic
+        self._overlap = overlap
         self._backend: TritonBackend | None = None
 
     def lower(self, plans: Sequence[Plan], kv_cache: KVCache, table_len: int) -> list[tuple[Plan, dict[str, Binder]]]:
         from graphserve.kernels.triton.compiled import find_or_compile_kernels
 
         target = target_of(torch.cuda.get_device_capability(self._device))
-        lowered, together = lower_variants(plans, kv_cache, target, self._deterministic)
+        lowered, together = lower_variants(plans, kv_cache, target, self._deterministic, self._overlap)
         kernels = together.distinct_kernels()
         with phase("compile Triton kernels", total=len(kernels), unit="kernels") as work:
             compiled = find_or_compile_kernels(kernels, target, self._store, lambda done, total: work.advance())

@@ -86,7 +86,7 @@ class TritonBackend:
         pointers = [tensors[name].data_ptr() if name else None for name in tensor_names(launch)]
         launches = [
             self._launchers[kernel.key].prepare(
-                pointers, scalars, self._scratch_address(kernel, scalars), stream=self._stream
+                pointers, scalars, self._scratch_address(kernel, scalars), self._stream, self._plan.overlap
             )
             for kernel in self._kernels[launch.kernel]
         ]

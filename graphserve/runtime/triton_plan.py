@@ -17,6 +17,7 @@ from graphserve.kernels.arg_spec import ArgSpec, Refusal
 from graphserve.kernels.triton.compiled import CompiledKernel, find_or_compile_kernels
 from graphserve.kernels.triton.generate import generate
 from graphserve.kernels.triton.kernel import TritonKernel
+from graphserve.kernels.triton.overlap import overlapping, require_overlap
 from graphserve.plan.schema import Launch, Plan
 from graphserve.runtime.batch_invariance import invariant_choices, require_kernels
 from graphserve.runtime.kv_cache import KVCache
@@ -38,12 +39,14 @@ class TritonPlan(msgspec.Struct):
         kernels: launch index → the kernels that it starts, in order (a reduce after split keys, say).
         refusals: launch index → why it has neither kernel nor library call; such a launch runs eagerly.
         deterministic: a row's bits must not depend on the other rows of its step.
+        overlap: kernels are launched while the one in front still runs, and wait for it themselves.
     """
 
     plan: Plan
     kernels: dict[int, list[TritonKernel]]
     refusals: dict[int, str]
     deterministic: bool = False
+    overlap: bool = False
 
     def is_library_product(self, launch: Launch, num_rows: int) -> bool:
         """Whether a launch is a product that the library computes in a step with so many rows of it."""
@@ -66,17 +69,22 @@ class TritonPlan(msgspec.Struct):
         return counts
 
 
-def lower_to_triton(plan: Plan, kv_cache: KVCache, target: str, deterministic: bool = False) -> TritonPlan:
+def lower_to_triton(
+    plan: Plan, kv_cache: KVCache, target: str, deterministic: bool = False, overlap: bool = False
+) -> TritonPlan:
     """Find the GPU form of every launch. Generates source only; compiles nothing.
 
     Args:
         kv_cache: its block size and strides are constants of the kernels (may be on meta).
         target: one of ``graphserve.kernels.triton.kernel.TARGETS``.
         deterministic: a row's bits must not depend on the other rows of its step.
+        overlap: launch kernels while the one in front still runs (:mod:`graphserve.kernels.triton.overlap`).
 
     Raises:
-        ConfigError: ``deterministic``, and a launch has no kernel that keeps this.
+        ConfigError: ``deterministic``, and a launch has no kernel that keeps this; ``overlap`` on a target without it.
     """
+    if overlap:
+        require_overlap(target)
     register_all()
     specs = value_specs(plan, kv_cache)
     kernels: dict[int, list[TritonKernel]] = {}
@@ -88,6 +96,7 @@ def lower_to_triton(plan: Plan, kv_cache: KVCache, target: str, deterministic: b
             continue
         result = _generate(launch, specs, target, deterministic)
         if isinstance(result, list):
+            result = [overlapping(kernel) for kernel in result] if overlap else result
             kernels[index] = result
             launches.append(msgspec.structs.replace(launch, kind="triton", kernel=result[0].symbol))
         elif op_name(launch) in LIBRARY_OPS and not deterministic:
@@ -97,7 +106,7 @@ def lower_to_triton(plan: Plan, kv_cache: KVCache, target: str, deterministic: b
             launches.append(launch)
     if deterministic:
         require_kernels(plan, refusals)
-    return TritonPlan(msgspec.structs.replace(plan, launches=launches), kernels, refusals, deterministic)
+    return TritonPlan(msgspec.structs.replace(plan, launches=launches), kernels, refusals, deterministic, overlap)
 
 
 def _generate(

@@ -23,7 +23,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def generate(device: torch.device, count: int, options: dict[str, Any], captures: bool) -> tuple[Any, DeviceRunner]:
+def generate(
+    device: torch.device, count: int, options: dict[str, Any], captures: bool, overlap: bool = False
+) -> tuple[Any, DeviceRunner]:
     """Tokens of ``count`` requests of a tiny llama in fp32 that begin together, and the runner of their steps."""
     import torch
 
@@ -46,7 +48,7 @@ def generate(device: torch.device, count: int, options: dict[str, Any], captures
     on_gpu: dict[str, Any] = {}
     if device.type == "cuda":
         stream = torch.cuda.Stream(device)
-        on_gpu = {"stream": stream, "lowering": TritonLowering(device, stream, open_store())}
+        on_gpu = {"stream": stream, "lowering": TritonLowering(device, stream, open_store(), overlap=overlap)}
     if captures:
         on_gpu |= {"graphs": lambda scalars: CudaGraphs(), "record_after": 0}
     runner = DeviceRunner(built.plan, weights, device, **on_gpu)
@@ -72,6 +74,17 @@ def test_captured_steps_give_the_tokens_of_eager_ones(variant: str, count: int, 
     eager, runner = generate(device, count, VARIANTS[variant], captures=False)
     assert runner.num_eager_steps == runner.num_variant_steps.total()
     assert captured == eager
+
+
+@pytest.mark.parametrize("captures", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_overlapping_launches_give_the_same_tokens(variant: str, captures: bool, device: torch.device) -> None:
+    import torch
+
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        pytest.skip("programmatic dependent launch needs compute capability 9.0")
+    overlapping, _ = generate(device, 9, VARIANTS[variant], captures, overlap=True)
+    assert overlapping == generate(device, 9, VARIANTS[variant], captures)[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
