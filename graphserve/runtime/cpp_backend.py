@@ -173,7 +173,8 @@ class CppBackend:
 
     def __init__(self, kernel_plan: KernelPlan, weights: dict[str, torch.Tensor], store: ArtifactStore) -> None:
         self.replace_kernels(kernel_plan, store)
-        self._packed = self._pack(weights)
+        with phase("pack weights"):
+            self._packed = self._pack(weights)
         self.table_lens: list[int] = []
 
     def replace_kernels(self, kernel_plan: KernelPlan, store: ArtifactStore) -> None:

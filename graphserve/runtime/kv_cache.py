@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 
 import torch
 
@@ -42,7 +44,7 @@ class KVCache:
         shapes = [(num_blocks, count) for count in row_bytes]
         self._arena = arena_on(device, sum(padded_bytes(math.prod(shape)) for shape in shapes))
         if self._arena is None:
-            pools = [torch.zeros(shape, dtype=torch.uint8, device=device) for shape in shapes]
+            pools = [_zeros(shape, device) for shape in shapes]
         else:
             self._arena.bytes.zero_()
             pools = [self._arena.allocate(shape, torch.uint8) for shape in shapes]
@@ -83,3 +85,19 @@ class KVCache:
         with torch.inference_mode():
             self._arena.bytes.zero_()
         self._arena.synchronize()  # steps may run on another stream
+
+
+def _zeros(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Zeros, uint8. On the CPU the kernel gives them page by page when they are first touched.
+
+    Writing 4 GiB of zeros took most of a start; pages that no request uses are never made. Large pages are asked for
+    as torch does for its own memory (blocks lie scattered).
+    """
+    num_bytes = math.prod(shape)
+    if device.type != "cpu" or num_bytes == 0 or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)  # keeps the memory

@@ -218,8 +218,9 @@ class ModelRunner:
 
     def reserve(self, max_tokens: int, max_rows: int, max_seqs: int) -> None:
         """Make room for the largest step, so that nothing moves later."""
-        self._grow_inputs(StepSize((max_tokens, max_rows, max_seqs)))
-        self._runner.reserve(max_tokens, max_rows)
+        with phase("allocate buffers"):
+            self._grow_inputs(StepSize((max_tokens, max_rows, max_seqs)))
+            self._runner.reserve(max_tokens, max_rows)
 
     def forward(self, step: StepInput) -> torch.Tensor:
         """Logits [R, vocab] of a step, in the model's dtype; a view that the next call overwrites.
