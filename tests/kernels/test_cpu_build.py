@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from graphserve.kernels.cpu import (
     Refusal,
     available_levels,
     build,
+    compile_missing,
     compiler,
     generate,
     isa_level,
@@ -210,3 +212,21 @@ def test_the_kernel_check_fails_when_the_reference_is_another_function(check_cas
     case = Wrong("wrong", "activation", {"act": "relu"}, [x], {(0, 0): "T", ("out", 0): "T"}, {"T": 3})
     with pytest.raises(AssertionError, match="wrong, .* 1 threads, result 0"):
         check_cases([case], core=("wrong",))
+
+
+@needs_compiler
+def test_compilers_in_the_background_let_other_work_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\nnice >> {tmp_path}/niceness\nexec {compiler_path()} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    compile_missing([norm_kernel()], ArtifactStore(tmp_path / "store"), niceness=19)
+    assert "19" in (tmp_path / "niceness").read_text().split()
+    assert os.getpriority(os.PRIO_PROCESS, 0) < 19, "the process itself lost its priority"
+
+
+def compiler_path() -> str:
+    """The compiler that is found without the environment's help."""
+    found = shutil.which("g++") or shutil.which("clang++")
+    assert found is not None
+    return found

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import os
 import re
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -95,11 +97,13 @@ def compile_missing(
     progress: Progress | None = None,
     num_jobs: int = MAX_COMPILE_JOBS,
     is_stopped: Callable[[], bool] = lambda: False,
+    niceness: int = 0,
 ) -> None:
     """As :func:`build`, loading nothing: the libraries may be for an ISA level that this processor lacks.
 
     Args:
         is_stopped: asked before each library; those that are left then are not built.
+        niceness: added to that of the compilers, so that other work goes first.
     """
     units = _units(kernels)
 
@@ -107,7 +111,12 @@ def compile_missing(
         if not is_stopped():
             unit.ensure(store)
 
-    with ThreadPoolExecutor(num_jobs) as pool:
+    def lower_priority() -> None:
+        # On Linux a thread has a niceness of its own, which the processes that it starts inherit.
+        if niceness and hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+
+    with ThreadPoolExecutor(num_jobs, initializer=lower_priority) as pool:
         for done, _ in enumerate(pool.map(ensure, units), start=1):
             if progress is not None:
                 progress(done, len(units), units[done - 1].name)
