@@ -157,7 +157,8 @@ class ModelRunner:
     def _use_cpp(self) -> None:
         """Switch launches to generated C++ for the pool's block size, now or when it is built."""
         assert self.kv_cache is not None
-        kernel_plan = lower_to_cpp(self.plan, self.kv_cache, deterministic=self._deterministic)
+        with phase("generate C++ kernels"):
+            kernel_plan = lower_to_cpp(self.plan, self.kv_cache, deterministic=self._deterministic)
         self._stop_background()
         if self._is_tiered and self._cpp is None:
             kernels = list(kernel_plan.kernels.values())
