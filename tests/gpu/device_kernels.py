@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graphserve.kernels.triton.compile import compile_for
+from graphserve.kernels.triton.compiled import CompiledKernel
 from graphserve.kernels.triton.grid import evaluate
 from graphserve.kernels.triton.kernel import TritonKernel
 from graphserve.runtime.cuda_driver import CudaDriver
@@ -129,6 +130,11 @@ class DeviceKernels:
         """The kernels give the reference's results within the tolerance of the case's float dtype."""
         for actual, expected in zip(self.run(case), self.expected(case), strict=True):
             compare(actual, expected, TOLERANCES[dtype], max_integer_difference)
+
+    def adopt(self, kernel: TritonKernel, compiled: CompiledKernel) -> None:
+        """Take a kernel that was compiled elsewhere."""
+        if kernel.key not in self._launchers:
+            self._launchers[kernel.key] = CudaLauncher(self._driver, kernel, compiled)
 
     def _launcher(self, kernel: TritonKernel) -> CudaLauncher:
         if kernel.key not in self._launchers:
