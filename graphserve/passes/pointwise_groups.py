@@ -4,8 +4,7 @@
 
 A group is one op, its sink, and the elementwise ops (and reductions over the last dimension) that feed it, as long as
 whoever else reads one of them comes after the sink; such a value is a further result. Legal when its tensors broadcast
-to one shape whose last dimension is a constant. Exact: each op is computed in fp32 and rounded to the dtype that it has
-in the model.
+to one shape. Exact: each op is computed in fp32 and rounded to the dtype that it has in the model.
 """
 
 from __future__ import annotations
@@ -133,8 +132,8 @@ def check(match: Match, ctx: PassContext) -> str | None:
     whole = _group_shape(set(match.nodes))
     if whole is None:
         return f"{match.root} joins shapes that do not broadcast to one"
-    if not whole or not is_static(whole[-1]):
-        return f"the last dimension of {whole} is no constant"
+    if not whole:
+        return f"{match.root} is a single number"
     if not _is_result(match.root, whole):
         return f"{match.root} has shape {list(shape(match.root))} in a group of shape {whole}"
     return None

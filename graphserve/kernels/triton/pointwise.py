@@ -42,10 +42,13 @@ def pointwise(call: Call, target: str) -> TritonKernel:
     for name, spec in [("input", s) for s in inputs] + [("result", s) for s in call.outputs]:
         if spec.dtype not in FLOAT_DTYPES + _INTEGER_DTYPES:
             raise Refused(f"an {name} is {spec.dtype}: groups hold {', '.join(FLOAT_DTYPES + _INTEGER_DTYPES)}")
-    group = _Group.of([*inputs, *call.outputs])
-    text = KernelText(Call(call.op, {"program": "; ".join(program.lines())}, call.args, call.outputs))
     packets = [_packet(i) for i in program.instructions]
     whole_rows = any(p in aten_text.REDUCTIONS or p in aten_text.SOFTMAX for p in packets)
+    outputs = call.outputs
+    if not whole_rows and any(spec.shape and not isinstance(spec.shape[-1], int) for spec in [*inputs, *outputs]):
+        inputs, outputs = list(map(_as_rows_of_one, inputs)), list(map(_as_rows_of_one, outputs))
+    group = _Group.of([*inputs, *outputs])
+    text = KernelText(Call(call.op, {"program": "; ".join(program.lines())}, call.args, call.outputs))
     rows = RowProgram(text, ArgSpec("float32", group.rows), group.width, target, None if whole_rows else TILE)
     for i in range(len(inputs)):
         text.pointer(f"in{i}_ptr", i)
@@ -64,9 +67,17 @@ def pointwise(call: Call, target: str) -> TritonKernel:
         values.append(value)
     for instruction in program.instructions:
         lines += _instruction(instruction, values, rows)
-    for i, (number, spec) in enumerate(zip(program.results, call.outputs, strict=True)):
+    for i, (number, spec) in enumerate(zip(program.results, outputs, strict=True)):
         lines.append(_store(rows, f"out{i}", spec, group, values[number]))
     return text.build("\n".join(lines), rows.grid, rows.num_warps)
+
+
+def _as_rows_of_one(spec: ArgSpec) -> ArgSpec:
+    """The tensor with a further dimension of size 1: where the last one varies with the step, it becomes the rows."""
+    if not spec.shape:
+        return spec
+    strides = None if spec.strides is None else (*spec.strides, 1)
+    return ArgSpec(spec.dtype, (*spec.shape, 1), strides, spec.alignment)
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class _Group:
                     raise Refused(f"shapes {[list(s.shape) for s in specs]} do not broadcast to one")
                 shape[axis] = size
         if not isinstance(shape[-1], int):
-            raise Refused(f"the last dimension of {shape} must be a constant")
+            raise Refused(f"the last dimension of {shape} must be a constant where rows are reduced")
         return cls(tuple(shape))
 
     @property

@@ -36,7 +36,7 @@ def reference(*inputs: Tensor, program: str) -> list[Tensor]:
 
 
 def group_case(text: str, *inputs: Tensor, dynamic: dict[tuple[int | str, int], str] | None = None) -> Case:
-    tokens = inputs[0].shape[0]
+    tokens = inputs[0].shape[1 if dynamic and (0, 1) in dynamic else 0]
     dynamic = {(0, 0): "T", ("out", 0): "T"} if dynamic is None else dynamic
     return Case("group", "pointwise", {"program": text}, list(inputs), dynamic, {"T": tokens}, reference=reference)
 
@@ -70,6 +70,13 @@ def test_every_other_column_of_a_wider_tensor() -> None:
     wide = torch.randn(4, 60)
     dynamic: dict[tuple[int | str, int], str] = {(0, 0): "T", (1, 0): "T", ("out", 0): "T"}
     group_case(text, wide[:, ::2], wide[:, 1::2], dynamic=dynamic).check()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_rows_as_long_as_the_step(tokens: int) -> None:
+    text = program(1, ("neg.default", 0, {"_dtype": "int64"}))
+    positions = torch.arange(tokens)[None]
+    group_case(text, positions, dynamic={(0, 1): "T", ("out", 1): "T"}).check()
 
 
 def test_a_router_softmax_with_normalised_rows() -> None:
@@ -182,7 +189,7 @@ def test_what_a_group_cannot_hold_is_refused_by_name() -> None:
     assert "broadcast" in refusal(program(2, ("add.Tensor", 0, 1)), rows, ("T", 9))
     assert "one value a row" in refusal(program(2, ("mul.Tensor", 1, 1.0)), rows, (8,), out=(8,))
     assert "float64" in refusal(program(1, ("neg.default", 0)), rows, dtype="float64")
-    assert "last dimension" in refusal(program(1, ("neg.default", 0)), (8, "T"), out=(8, "T"))
+    assert "last dimension" in refusal(program(1, ("amax.default", 0, [-1], True)), (8, "T"), out=(8, 1))
 
 
 def test_a_program_that_names_a_later_value_is_an_error() -> None:
