@@ -49,7 +49,7 @@ class StepBuilder:
         buckets = self._buckets
         num_seqs = max(buckets.rows(limits.max_num_seqs), buckets.mixed_rows(limits.max_num_seqs))
         return StepSizes(
-            num_tokens=max(num_seqs, buckets.tokens(limits.max_num_batched_tokens)),
+            num_tokens=max(buckets.tokens(num_seqs + 1), buckets.tokens(limits.max_num_batched_tokens)),
             num_rows=max(num_seqs, buckets.rows(limits.max_logits_rows), buckets.mixed_rows(limits.max_logits_rows)),
             num_seqs=num_seqs,
             num_lanes=self._dead_lane,
@@ -63,6 +63,10 @@ class StepBuilder:
         pad_rows = self._buckets.rows if is_decode else self._buckets.mixed_rows
         padded_sequences = pad_rows(num_sequences)
         padded_tokens = padded_sequences if is_decode else self._buckets.tokens(num_tokens)
+        if not is_decode and padded_tokens == padded_sequences:
+            padded_tokens = self._buckets.tokens(
+                padded_tokens + 1
+            )  # only decode steps have as many tokens as sequences
 
         input_ids = np.zeros(padded_tokens, np.int64)
         positions = np.zeros(padded_tokens, np.int64)

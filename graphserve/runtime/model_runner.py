@@ -235,6 +235,8 @@ class ModelRunner:
             raise ConfigError("forward before allocate_kv_cache: the model has nowhere to keep keys and values")
         self._change_over()
         size = StepSize((len(step.input_ids), len(step.logits_indices), len(step.seq_lens)))
+        if self._is_triton and size.num_tokens == size.num_seqs:
+            assert (step.query_start_loc[1:] - step.query_start_loc[:-1]).max() <= 1, "no decode step, but T equals S"
         self._grow_inputs(size)
         self._write_inputs(step)
         (logits,) = self._runner.run(size)

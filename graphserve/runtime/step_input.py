@@ -103,6 +103,7 @@ class StepInput(msgspec.Struct):
 
     Padding tokens have position 0, a slot in the null block, and lie beyond ``query_start_loc[-1]``. Padding sequences
     have query length 0 and ``seq_lens`` 0. Padding logits rows point at token 0. ``R >= 1`` always.
+    Where T equals S, no sequence has more than one token and those with none come last: kernels for decode steps run.
 
     Each running request owns a lane, ``0 .. max_num_seqs - 1``; lane ``max_num_seqs`` is dead: nobody reads what is
     written there. A step made outside an engine has no lanes, so that its dead lane is 0.

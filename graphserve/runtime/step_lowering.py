@@ -21,8 +21,10 @@ def lower_variants(
 ) -> tuple[list[TritonPlan], TritonPlan]:
     """The GPU form of each plan, and one of all their kernels together."""
     lowered = [lower_to_triton(plan, kv_cache, target, deterministic, overlap) for plan in plans]
-    every = [kernels for plan in lowered for kernels in plan.kernels.values()]
-    return lowered, TritonPlan(lowered[0].plan, dict(enumerate(every)), {}, deterministic, overlap)
+    places = [(plan, index) for plan in lowered for index in plan.kernels]
+    kernels = {i: plan.kernels[index] for i, (plan, index) in enumerate(places)}
+    decode = {i: plan.decode_kernels[index] for i, (plan, index) in enumerate(places) if index in plan.decode_kernels}
+    return lowered, TritonPlan(lowered[0].plan, kernels, {}, deterministic, overlap, decode)
 
 
 class TritonLowering:

@@ -16,7 +16,7 @@ from graphserve.runtime.cuda_driver import CudaDriver
 from graphserve.runtime.cuda_launcher import CudaLaunch, CudaLauncher
 from graphserve.runtime.launch_specs import op_name, tensor_names, value_name
 from graphserve.runtime.library_calls import bind_product
-from graphserve.runtime.triton_plan import TritonPlan
+from graphserve.runtime.triton_plan import TritonPlan, decode_segments
 
 
 def target_of(capability: tuple[int, int]) -> str:
@@ -60,6 +60,9 @@ class TritonBackend:
     ) -> None:
         self._plan = plan
         self._kernels = {kernels[0].symbol: kernels for kernels in plan.kernels.values()}
+        self._decode_kernels = {
+            plan.kernels[index][0].symbol: choices for index, choices in plan.decode_kernels.items()
+        }
         self._launchers = {
             key: CudaLauncher(driver, kernel, compiled[key]) for key, kernel in plan.distinct_kernels().items()
         }
@@ -81,16 +84,23 @@ class TritonBackend:
             x = tensors[value_name(launch.args[0])]
             if self._plan.is_library_product(launch, x.numel() // x.shape[-1]):
                 return bind_product(launch, tensors)
-        assert launch.kernel is not None
         scalars = self._scalars(size)
         pointers = [tensors[name].data_ptr() if name else None for name in tensor_names(launch)]
         launches = [
             self._launchers[kernel.key].prepare(
                 pointers, scalars, self._scratch_address(kernel, scalars), self._stream, self._plan.overlap
             )
-            for kernel in self._kernels[launch.kernel]
+            for kernel in self._kernels_of(launch, tensors, size)
         ]
         return launches[0] if len(launches) == 1 else _Several(launches)
+
+    def _kernels_of(self, launch: Launch, tensors: Mapping[str, torch.Tensor], size: StepSize) -> list[TritonKernel]:
+        assert launch.kernel is not None
+        choices = self._decode_kernels.get(launch.kernel)
+        if choices is None or size.num_tokens != size.num_seqs:
+            return self._kernels[launch.kernel]
+        key_heads = tensors[value_name(launch.args[1])].shape[1]
+        return choices[decode_segments(size.num_tokens * key_heads)]
 
     def finish(self, actions: list[Action], size: StepSize) -> list[Action]:
         flat: list[Action] = []

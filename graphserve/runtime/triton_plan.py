@@ -31,6 +31,16 @@ MAX_GEMV_ROWS = 16
 _SPLITS_KEYS = ("paged_attention", "paged_attention_quant", "paged_attention_quant_rows")
 
 
+# Programs that share the keys of a query in a decode step: few where sequences and heads fill the device by themselves.
+# A step has tokens times key heads of them without; the numbers are those that benchmarks/gpu_tune.py found best.
+_DECODE_SEGMENTS = ((2048, 1), (256, 4), (32, 16), (0, 32))
+
+
+def decode_segments(num_programs: int) -> int:
+    """Programs a query for a decode step of so many tokens times key heads."""
+    return next(segments for least, segments in _DECODE_SEGMENTS if num_programs >= least)
+
+
 class TritonPlan(msgspec.Struct):
     """The GPU side of a plan.
 
@@ -40,6 +50,7 @@ class TritonPlan(msgspec.Struct):
         refusals: launch index → why it has neither kernel nor library call; such a launch runs eagerly.
         deterministic: a row's bits must not depend on the other rows of its step.
         overlap: kernels are launched while the one in front still runs, and wait for it themselves.
+        decode_kernels: launch index → segments → what takes the place of its kernels in decode steps (attention).
     """
 
     plan: Plan
@@ -47,6 +58,7 @@ class TritonPlan(msgspec.Struct):
     refusals: dict[int, str]
     deterministic: bool = False
     overlap: bool = False
+    decode_kernels: dict[int, dict[int, list[TritonKernel]]] = {}
 
     def is_library_product(self, launch: Launch, num_rows: int) -> bool:
         """Whether a launch is a product that the library computes in a step with so many rows of it."""
@@ -55,7 +67,9 @@ class TritonPlan(msgspec.Struct):
 
     def distinct_kernels(self) -> dict[str, TritonKernel]:
         """All kernels by key; layers share them."""
-        return {k.key: k for kernels in self.kernels.values() for k in kernels}
+        every = list(self.kernels.values())
+        every += [kernels for choices in self.decode_kernels.values() for kernels in choices.values()]
+        return {k.key: k for kernels in every for k in kernels}
 
     def launches_per_layer(self) -> dict[int, int]:
         """Kernels that each layer starts, library calls and eager ops included; not the reduce after split keys."""
@@ -88,6 +102,7 @@ def lower_to_triton(
     register_all()
     specs = value_specs(plan, kv_cache)
     kernels: dict[int, list[TritonKernel]] = {}
+    decode_kernels: dict[int, dict[int, list[TritonKernel]]] = {}
     refusals: dict[int, str] = {}
     launches: list[Launch] = []
     for index, launch in enumerate(plan.launches):
@@ -98,6 +113,8 @@ def lower_to_triton(
         if isinstance(result, list):
             result = [overlapping(kernel) for kernel in result] if overlap else result
             kernels[index] = result
+            if op_name(launch) in _SPLITS_KEYS and not deterministic:
+                decode_kernels[index] = _decode_kernels(launch, specs, target, overlap)
             launches.append(msgspec.structs.replace(launch, kind="triton", kernel=result[0].symbol))
         elif op_name(launch) in LIBRARY_OPS and not deterministic:
             launches.append(msgspec.structs.replace(launch, kind="library", kernel=LIBRARY_OPS[op_name(launch)]))
@@ -106,11 +123,24 @@ def lower_to_triton(
             launches.append(launch)
     if deterministic:
         require_kernels(plan, refusals)
-    return TritonPlan(msgspec.structs.replace(plan, launches=launches), kernels, refusals, deterministic, overlap)
+    lowered = msgspec.structs.replace(plan, launches=launches)
+    return TritonPlan(lowered, kernels, refusals, deterministic, overlap, decode_kernels)
+
+
+def _decode_kernels(
+    launch: Launch, specs: dict[str, ArgSpec], target: str, overlap: bool
+) -> dict[int, list[TritonKernel]]:
+    """Kernels of an attention launch for steps in which no sequence has more than one token, by segments."""
+    found: dict[int, list[TritonKernel]] = {}
+    for _, segments in _DECODE_SEGMENTS:
+        result = _generate(launch, specs, target, False, {"max_query_len": 1, "segments": segments})
+        assert isinstance(result, list), f"{launch.op} has a kernel for mixed steps, but none for decode: {result}"
+        found[segments] = [overlapping(kernel) for kernel in result] if overlap else result
+    return found
 
 
 def _generate(
-    launch: Launch, specs: dict[str, ArgSpec], target: str, deterministic: bool
+    launch: Launch, specs: dict[str, ArgSpec], target: str, deterministic: bool, choices: dict[str, Any] | None = None
 ) -> list[TritonKernel] | Refusal:
     op = op_name(launch)
     if not op:
@@ -120,6 +150,7 @@ def _generate(
         attrs: dict[str, Any] = {}
     else:
         args, attrs = split_arguments(launch, specs)
+    attrs = {**attrs, **(choices or {})}
     if deterministic:
         attrs = {**attrs, **invariant_choices(op)}
     outputs = [specs.get(name) for name in launch.outputs if name is not None]
