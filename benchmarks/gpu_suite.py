@@ -2,14 +2,13 @@
 
     python -m benchmarks.gpu_suite [--output benchmarks/results] [--minutes 9] [--skip tests,...]
 
-Sections, in order: environment; tests (``tests/gpu`` in several processes); rates (read bandwidth and bf16 matrix rate
-of the device, to which the others are compared); kernels (GB/s or TFLOP/s beside the library call a user would pick);
-decode (steps of an 8B Llama shape with random weights through ``ModelRunner``, launched eagerly). Times are medians of
+Sections, in order: environment; tests (``tests/gpu`` in several processes, then those that need the device alone);
+rates (read bandwidth and bf16 matrix rate of the device, to which the others are compared); kernels (GB/s or TFLOP/s
+beside the library call a user would pick); decode (steps of an 8B Llama shape with random weights through
+``ModelRunner``, launched eagerly). Times are medians of
 CUDA events; between repetitions a buffer larger than the L2 cache is overwritten. A section that fails is reported with
 its traceback and the rest still runs. With ``--output`` a file ``gpu_<device>_<date>.json`` is written there; the last
 stdout line is the same JSON document.
-
-Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,8 @@ from benchmarks.gpu_timing import median_us
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Compiling takes most of the tests' time. A process needs some 3 GB of memory.
 TEST_PROCESSES = max(2, min(12, (os.cpu_count() or 4) - 2))
+# Tests that read how much of the device's memory is free run when no other process uses it.
+ALONE = "tests/gpu/test_sleep.py::"
 _OUTCOME = re.compile(r"^(tests/\S.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 # Options of pyproject.toml that need a plugin or turn a library's warning into an error are left out.
 _PYTEST = [sys.executable, "-m", "pytest", "--override-ini", "filterwarnings=default", "--override-ini",
@@ -72,48 +74,75 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_tests(deadline: Deadline, share: float = 0.5) -> dict[str, Any]:
-    """``tests/gpu`` dealt over processes; what was not finished in ``share`` of the time left counts as such."""
-    end = time.monotonic() + deadline.left() * share
+def run_tests(deadline: Deadline, share: float = 0.65) -> dict[str, Any]:
+    """``tests/gpu`` dealt over processes; what was not finished in ``share`` of the time left counts as such.
+
+    A quarter of that time is kept for the tests that run alone, after the others.
+    """
+    seconds = deadline.left() * share
+    end = time.monotonic() + seconds
     collected = subprocess.run(
         [*_PYTEST, "--collect-only", "-q", "tests/gpu"], cwd=REPOSITORY, capture_output=True, text=True
     )
     ids = [line for line in collected.stdout.splitlines() if line.startswith("tests/gpu/")]
     if not ids:
         raise RuntimeError(f"no test was collected: {collected.stdout[-1500:]} {collected.stderr[-1500:]}")
+    together = [name for name in ids if not name.startswith(ALONE)]
+    alone = [name for name in ids if name.startswith(ALONE)]
     # Every n-th test: neighbours share parameters and take about as long.
-    parts = [part for i in range(TEST_PROCESSES) if (part := ids[i::TEST_PROCESSES])]
-    is_cut = False
-    with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder) / f"{i}.txt" for i in range(len(parts))]  # files: an unread pipe would stop its process
-        processes: list[subprocess.Popen[bytes]] = []
-        try:
-            for log, part in zip(logs, parts, strict=True):
-                command = [*_PYTEST, "-v", "--tb=short", *part]
-                with log.open("wb") as file:
-                    processes.append(subprocess.Popen(command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT))
-            for process in processes:
-                process.wait(timeout=max(1.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            is_cut = True
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-        outputs = [log.read_text(errors="replace") for log in logs]
-    outcomes = {name: word.lower() for text in outputs for name, word in _OUTCOME.findall(text)}
+    parts = [part for i in range(TEST_PROCESSES) if (part := together[i::TEST_PROCESSES])]
+    runs = _run_together(parts, end - seconds / 4)
+    if alone:
+        runs += _run_together([alone], end)
+    outcomes = {name: word.lower() for run in runs for name, word in _OUTCOME.findall(run.output)}
     bad = [name for name, word in outcomes.items() if word in ("failed", "error")]
     counts = {word: sum(o == word for o in outcomes.values()) for word in ("passed", "failed", "error", "skipped")}
     return {
         "collected": len(ids),
         **counts,
         "not_finished": len(ids) - len(outcomes),
-        "cut_by_time": is_cut,
+        "cut_by_time": any(run.is_cut for run in runs),
         "failures": bad,
         # The end of each process that did not pass: tracebacks and pytest's own summary.
-        "logs": [text[-6000:] for text, p in zip(outputs, processes, strict=True) if p.returncode not in (0, 5)],
+        "logs": [run.output[-8000:] for run in runs if run.return_code not in (0, 5)],
     }
+
+
+class TestRun(NamedTuple):
+    """What became of one process of tests; ``is_cut`` if it had to be ended."""
+
+    output: str
+    return_code: int
+    is_cut: bool
+
+
+def _run_together(parts: list[list[str]], end: float) -> list[TestRun]:
+    """A process for each list of tests, all at a time, until ``end`` of the monotonic clock."""
+    # Without the captured log: torch's own fills pages, and pushes out the tracebacks.
+    command = [*_PYTEST, "-v", "--tb=short", "--show-capture=no"]
+    cut = set()
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"{i}.txt" for i in range(len(parts))]  # files: an unread pipe would stop its process
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for log, part in zip(logs, parts, strict=True):
+                with log.open("wb") as file:
+                    processes.append(
+                        subprocess.Popen([*command, *part], cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT)
+                    )
+            for process in processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=max(0.0, end - time.monotonic()))
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    cut.add(process.pid)
+                    process.kill()
+                    process.wait()
+        return [
+            TestRun(log.read_text(errors="replace"), process.returncode, process.pid in cut)
+            for log, process in zip(logs, processes, strict=True)
+        ]
 
 
 def measure_rates() -> dict[str, float]:

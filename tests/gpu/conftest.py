@@ -1,6 +1,6 @@
 """Everything in this folder needs a CUDA device and is skipped, with the reason, where there is none.
 
-Nothing heavy is imported when the folder is collected. Not yet run on a GPU.
+Nothing heavy is imported when the folder is collected.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Launches of every kernel family for the device's tests: a serving model's shapes, smaller where the CPU would wait.
 
-Tensors are made on the CPU. Names of dtypes are torch's. Not yet run on a GPU.
+Tensors are made on the CPU. Names of dtypes are torch's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from tests.triton_kernel_cases import Case
 
 Dynamic = dict[tuple[int | str, int], str]
 PREFILL = [(66, 66), (300, 300)]
-DECODE = [(1, 1), (1, 1500), (1, 65), (0, 0), (1, 700)]
+# One token a sequence (max_query_len 1) promises as well that sequences without a token come last.
+DECODE = [(1, 1), (1, 1500), (1, 65), (1, 700), (0, 0)]
 MIXED = [(1, 1), (1, 900), (5, 5), (0, 0), (17, 400), (130, 130)]
 ATTENTION: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
     "prefill": (PREFILL, {}),

@@ -1,7 +1,4 @@
-"""Launches on 8-bit values for the device's tests, and those of groups, routers and joined rows.
-
-Not yet run on a GPU.
-"""
+"""Launches on 8-bit values for the device's tests, and those of groups, routers and joined rows."""
 
 from __future__ import annotations
 

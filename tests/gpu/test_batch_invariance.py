@@ -1,7 +1,4 @@
-"""Batch invariance on the device, in the dtype that models are served in.
-
-Not yet run on a GPU.
-"""
+"""Batch invariance on the device, in the dtype that models are served in."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every kernel family on the device, launched by the product's launcher, against the reference op in fp32.
 
-Tolerances: ``tests.gpu.device_kernels.TOLERANCES``. Not yet run on a GPU.
+Tolerances: ``tests.gpu.device_kernels.TOLERANCES``.
 """
 
 from __future__ import annotations
@@ -108,26 +108,28 @@ def test_every_attention_case_is_run(kernels: DeviceKernels) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("vocab", [1000, 128256])
+@pytest.mark.parametrize("vocab", [200, 1000, 128256])
 def test_logits_greedy_tokens_and_logprobs(kernels: DeviceKernels, vocab: int, dtype: str) -> None:
     check(kernels, "logits_case", 7, vocab, dtype=dtype)
     check(kernels, "greedy_case", 7, vocab, dtype=dtype)
     check(kernels, "logprobs_case", 7, vocab, dtype=dtype)
 
 
-def test_drawn_tokens_equal_the_references(kernels: DeviceKernels) -> None:
+@pytest.mark.parametrize("vocab", [200, 32000])
+def test_drawn_tokens_equal_the_references(kernels: DeviceKernels, vocab: int) -> None:
     import torch
 
     from tests.gpu.kernel_cases import sample_case
 
-    kernels.check(sample_case(16, 32000), torch.float32)
+    kernels.check(sample_case(16, vocab), torch.float32)
 
 
-def test_the_cut_keeps_what_the_sort_keeps(kernels: DeviceKernels) -> None:
+@pytest.mark.parametrize("vocab", [200, 32000])
+def test_the_cut_keeps_what_the_sort_keeps(kernels: DeviceKernels, vocab: int) -> None:
     from graphserve.kernels.sampling import distances
     from tests.gpu.kernel_cases import cut_case
 
-    case = cut_case(16, 32000)
+    case = cut_case(16, vocab)
     row_max, cut = kernels.run(case)
     expected_max, expected_cut = kernels.expected(case)
     assert (row_max == expected_max).all()

@@ -3,8 +3,6 @@
 fp32: the plan's kernels and its library products compute in fp32 (TF32 is off, see ``conftest.device``), so only the
 order of sums and the GPU's approximate exponentials differ. bf16: the truth is fp32 from bf16 weights, and our mean
 error may be at most twice that of transformers' own bf16 run, since both round at the same places.
-
-Not yet run on a GPU.
 """
 
 from __future__ import annotations

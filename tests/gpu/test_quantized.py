@@ -1,7 +1,4 @@
-"""Kernels on 8-bit values, routers, groups and joined rows on the device, against their reference ops in fp32.
-
-Not yet run on a GPU.
-"""
+"""Kernels on 8-bit values, routers, groups and joined rows on the device, against their reference ops in fp32."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Whole steps on the device: captured graphs against eager launches, and both against the CPU, at bucket edges.
-
-Not yet run on a GPU.
-"""
+"""Whole steps on the device: captured graphs against eager launches, and both against the CPU, at bucket edges."""
 
 from __future__ import annotations
 
