@@ -5,10 +5,9 @@
 Sections, in order: environment; tests (``tests/gpu`` in several processes, then those that need the device alone);
 rates (read bandwidth and bf16 matrix rate of the device, to which the others are compared); kernels (GB/s or TFLOP/s
 beside the library call a user would pick); decode (steps of an 8B Llama shape with random weights through
-``ModelRunner``, launched eagerly). Times are medians of
-CUDA events; between repetitions a buffer larger than the L2 cache is overwritten. A section that fails is reported with
-its traceback and the rest still runs. With ``--output`` a file ``gpu_<device>_<date>.json`` is written there; the last
-stdout line is the same JSON document.
+``ModelRunner``, launched eagerly). Times are medians of CUDA events; between repetitions a buffer larger than the L2
+cache is overwritten. A section that fails is reported with its traceback and the rest still runs. With ``--output`` a
+file ``gpu_<device>_<date>.json`` is written there; the last stdout line is the same JSON document.
 """
 
 from __future__ import annotations
