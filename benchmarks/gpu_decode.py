@@ -80,8 +80,11 @@ def first_tokens(step: StepInput) -> StepInput:
     return msgspec.structs.replace(step, input_ids=ids)
 
 
-def measure_decode(seconds_left: Callable[[], float], reserve_s: float = 15) -> dict[str, Any]:
-    """Milliseconds a step, by batch and context; also what building and loading took."""
+def measure_decode(seconds_left: Callable[[], float], overlap: bool = False, reserve_s: float = 15) -> dict[str, Any]:
+    """Milliseconds a step, by batch and context; also what building and loading took.
+
+    ``overlap``: kernels are launched while the one in front still runs (programmatic dependent launch).
+    """
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     register_interfaces()
@@ -102,17 +105,18 @@ def measure_decode(seconds_left: Callable[[], float], reserve_s: float = 15) -> 
     num_blocks = min(most, int(free * KV_SHARE) // bytes_per_block)
     start = time.perf_counter()
     stream = torch.cuda.Stream(device)
+    lowering = TritonLowering(device, stream, open_store(), overlap=overlap)
     runner = DeviceRunner(
-        built.plan, model_runner.weights, device, lowering=TritonLowering(device, stream, open_store()),
-        graphs=lambda scalars: CudaGraphs(), stream=stream,
-    )  # fmt: skip
+        built.plan, model_runner.weights, device, lowering=lowering, graphs=lambda scalars: CudaGraphs(), stream=stream
+    )
     sizes = sorted({batch for batch, _ in STEPS})
     largest = StepSize((sizes[-1], sizes[-1], sizes[-1]))
     runner.allocate(num_blocks, BLOCK_SIZE, largest, sizes[-1], CaptureBuckets(sizes[-1], sizes))
     assert runner.kv_cache is not None
-    for keys, values in runner.kv_cache.layers:
-        keys.normal_()
-        values.normal_()
+    with torch.inference_mode():
+        for keys, values in runner.kv_cache.layers:
+            keys.normal_()
+            values.normal_()
     seconds["compile kernels and fill the cache"] = time.perf_counter() - start
     start = time.perf_counter()
     runner.record([StepSize((size, size, size)) for size in sizes], ["greedy"])

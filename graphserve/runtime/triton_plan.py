@@ -25,15 +25,16 @@ from graphserve.runtime.launch_specs import op_name, split_arguments, value_name
 
 # Ops that cuBLAS serves through torch.mm when there are many rows; a Triton kernel may replace it for few.
 LIBRARY_OPS = {"linear": "torch.mm"}
-# Above this many rows a product is no longer bound by reading the weight, and cuBLAS is at its best.
-MAX_GEMV_ROWS = 16
+# One row is a matrix times a vector, which our kernel reads faster; from two rows on cuBLAS is as fast as any tile of
+# ours (benchmarks/gpu_tune.py, H200).
+MAX_GEMV_ROWS = 1
 # Ops whose second kernel, where there is one, only adds up what the first one computed per part of the keys.
 _SPLITS_KEYS = ("paged_attention", "paged_attention_quant", "paged_attention_quant_rows")
 
 
 # Programs that share the keys of a query in a decode step: few where sequences and heads fill the device by themselves.
 # A step has tokens times key heads of them without; the numbers are those that benchmarks/gpu_tune.py found best.
-_DECODE_SEGMENTS = ((2048, 1), (256, 4), (32, 16), (0, 32))
+_DECODE_SEGMENTS = ((2048, 1), (256, 2), (32, 4), (0, 16))
 
 
 def decode_segments(num_programs: int) -> int:
@@ -150,7 +151,7 @@ def _generate(
         attrs: dict[str, Any] = {}
     else:
         args, attrs = split_arguments(launch, specs)
-    attrs = {**attrs, **(choices or {})}
+    attrs = {**attrs, **({"product": "gemv"} if op in LIBRARY_OPS else {}), **(choices or {})}
     if deterministic:
         attrs = {**attrs, **invariant_choices(op)}
     outputs = [specs.get(name) for name in launch.outputs if name is not None]

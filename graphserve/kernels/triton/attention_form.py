@@ -147,7 +147,7 @@ def choose_tile(form: AttentionForm, target: str) -> AttentionTile:
     """Rows, keys, warps and stages of a program.
 
     The choice rests on what compiles show: accumulators and scores fit in registers, tiles in shared memory, matrix
-    instructions have the rows they want (64 a warp group on sm_90). It is not tuned on a device.
+    instructions have the rows they want (64 a warp group on sm_90). Heads of 128 on sm_90 are tuned on a device.
     """
     is_hip = target.startswith("hip")
     key_columns = sum(part.width for part in form.k_parts)
@@ -176,4 +176,8 @@ def choose_tile(form: AttentionForm, target: str) -> AttentionTile:
     # keeps one buffer more where matrix instructions run beside the copies.
     num_stages = 3 if is_hip or has_warp_groups else 5
     num_warps = 8 if not is_hip and (block_m >= 128 or block_m * value_columns > 64 * 128) else 4
+    is_plain = form.cache_dtype == form.dtype and ITEM_SIZES[form.dtype] == 2
+    if target == "cuda:90" and key_columns == value_columns == 128 and is_plain:
+        # The heads of most models: measured on an H200 (benchmarks/gpu_tune.py).
+        tile, num_stages = (64, 3) if form.single_query else (128, 2)
     return AttentionTile(block_m, tile, num_warps, num_stages)

@@ -15,8 +15,10 @@ from graphserve.kernels.triton.matmul import (
     scalars_in,
 )
 
-# Weights that a program asks for at a time: 32 sums a thread, and four 128-bit loads of bf16 in flight.
-_TILE_ELEMENTS = 4096
+# Weights that a program asks for at a time, 4 KiB of one row: two 128-bit loads of bf16 a thread. More programs with
+# less to do each keep the memory busiest, from 6144 to 128256 rows of the weight (benchmarks/gpu_tune.py, H200).
+_TILE_ELEMENTS = 2048
+_TILE_BYTES = 4096
 _NUM_WARPS = 4
 
 _BODY = """
@@ -42,8 +44,7 @@ in_bounds = (offs_n < N)[None, :]
 def gemv(product: Product) -> TritonKernel:
     """A program computes ``BLOCK_N`` results of one row; more rows are more programs, which read the weight again."""
     n, k, item = product.n, product.k, item_size(product.w)
-    # A tile two warps wide along K leaves few sums to add up across threads.
-    block_k = choose_block_k(k, 1024 // item, item)
+    block_k = choose_block_k(k, _TILE_BYTES // item, item)
     block_n = max(1, _TILE_ELEMENTS // block_k)
     while block_n > 1 and -(-n // block_n) < 2 * PROCESSORS[product.target]:
         block_n //= 2
