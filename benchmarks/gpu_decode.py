@@ -80,11 +80,8 @@ def first_tokens(step: StepInput) -> StepInput:
     return msgspec.structs.replace(step, input_ids=ids)
 
 
-def measure_decode(seconds_left: Callable[[], float], overlap: bool = False, reserve_s: float = 15) -> dict[str, Any]:
-    """Milliseconds a step, by batch and context; also what building and loading took.
-
-    ``overlap``: kernels are launched while the one in front still runs (programmatic dependent launch).
-    """
+def measure_decode(seconds_left: Callable[[], float], reserve_s: float = 15) -> dict[str, Any]:
+    """Milliseconds a step, by batch and context; also what building and loading took."""
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     register_interfaces()
@@ -105,7 +102,7 @@ def measure_decode(seconds_left: Callable[[], float], overlap: bool = False, res
     num_blocks = min(most, int(free * KV_SHARE) // bytes_per_block)
     start = time.perf_counter()
     stream = torch.cuda.Stream(device)
-    lowering = TritonLowering(device, stream, open_store(), overlap=overlap)
+    lowering = TritonLowering(device, stream, open_store())
     runner = DeviceRunner(
         built.plan, model_runner.weights, device, lowering=lowering, graphs=lambda scalars: CudaGraphs(), stream=stream
     )

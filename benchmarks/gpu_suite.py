@@ -4,11 +4,10 @@
 
 Sections, in order: environment; tests (``tests/gpu`` in several processes, then those that need the device alone);
 rates (read bandwidth and bf16 matrix rate of the device, to which the others are compared); kernels (GB/s or TFLOP/s
-beside the library call a user would pick); decode (whole captured steps of an 8B Llama shape with random weights), and
-the same with kernels launched while the one in front still runs. Times are medians of CUDA events; between repetitions
-a buffer larger than the L2 cache is overwritten. A section that fails is reported with its traceback and the rest still
-runs. With ``--output`` a file ``gpu_<device>_<date>.json`` is written there; the last stdout line is the same JSON
-document.
+beside the library call a user would pick); decode (whole captured steps of an 8B Llama shape with random weights).
+Times are medians of CUDA events; between repetitions a buffer larger than the L2 cache is overwritten. A section that
+fails is reported with its traceback and the rest still runs. With ``--output`` a file ``gpu_<device>_<date>.json`` is
+written there; the last stdout line is the same JSON document.
 """
 
 from __future__ import annotations
@@ -212,7 +211,6 @@ def main() -> int:
         "rates": (measure_rates, 20),
         "kernels": (lambda: measure_kernels(deadline.left), 45),
         "decode": (lambda: measure_decode(deadline.left), 75),
-        "decode, kernels overlapped": (lambda: measure_decode(deadline.left, overlap=True), 75),
     }
     document: dict[str, Any] = {"benchmark": "gpu_suite", "date": time.strftime("%Y-%m-%d")}
     for name, (work, needs_s) in sections.items():

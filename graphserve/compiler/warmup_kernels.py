@@ -10,6 +10,7 @@ from graphserve.engine.scheduler import SchedulerLimits
 from graphserve.engine.step_builder import StepBuilder
 from graphserve.kernels.cpu import CppKernel
 from graphserve.kernels.triton.kernel import TritonKernel
+from graphserve.kernels.triton.overlap import MEASURED_TARGETS
 from graphserve.plan.schema import Plan
 from graphserve.runtime.buckets import CaptureBuckets
 from graphserve.runtime.cpp_backend import lower_to_cpp
@@ -33,7 +34,8 @@ def triton_kernels(plan: Plan, config: EngineConfig, target: str) -> list[Triton
     kernels: dict[str, TritonKernel] = {}
     for variant in VARIANTS:
         step = step_plan(plan, variant, _step_limits(plan, config))
-        kernels |= lower_to_triton(step.plan, kv_cache, target, config.deterministic).distinct_kernels()
+        overlap = target in MEASURED_TARGETS
+        kernels |= lower_to_triton(step.plan, kv_cache, target, config.deterministic, overlap).distinct_kernels()
     return list(kernels.values())
 
 

@@ -28,7 +28,14 @@ from graphserve.plan.schema import Launch, Plan
 from graphserve.progress import phase
 from graphserve.runtime.batch_invariance import require_kernels
 from graphserve.runtime.kv_cache import KVCache
-from graphserve.runtime.launch_specs import op_name, split_arguments, tensor_names, value_name, value_specs
+from graphserve.runtime.launch_specs import (
+    op_name,
+    split_arguments,
+    tensor_names,
+    unknown_arguments,
+    value_name,
+    value_specs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +137,8 @@ def _generate(
     op = op_name(launch)
     if not op:
         return Refusal(f"{launch.op} has no C++ generator")
+    if unknown := unknown_arguments(launch, specs):
+        return Refusal(f"{launch.op}: {', '.join(unknown)} has no affine shape")
     if op == "gather_rows":
         args: list[ArgSpec | None] = [specs.get(value_name(launch.args[0])), specs.get(value_name(launch.args[2]))]
         attrs: dict[str, Any] = {}

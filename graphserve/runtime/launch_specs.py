@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from graphserve.kernels.arg_spec import ArgSpec
-from graphserve.plan.arena import ALIGNMENT
+from graphserve.plan.arena import ALIGNMENT, launch_inputs
 from graphserve.plan.runner import StepSize, resolve_op, run_view, torch_dtype
 from graphserve.plan.schema import Launch, Plan
 from graphserve.plan.symbols import evaluate
@@ -49,6 +49,11 @@ def split_arguments(launch: Launch, specs: dict[str, ArgSpec]) -> tuple[list[Arg
         else:
             attrs[argument.name] = float(given["f"]) if isinstance(given, dict) else given
     return args, attrs
+
+
+def unknown_arguments(launch: Launch, specs: dict[str, ArgSpec]) -> list[str]:
+    """Values a launch reads that have no spec: a generator would take them for absent ones."""
+    return [name for name in launch_inputs(launch) if name not in specs]
 
 
 def tensor_names(launch: Launch) -> list[str]:
@@ -129,6 +134,7 @@ def _symbolic(a: int, b: int) -> int | str | None:
     for symbol, x, y in zip("TRS", *_SAMPLES, strict=True):
         if a % x == 0 and a // x * y == b:
             return symbol if a == x else f"{a // x}*{symbol}"
-    if (a, b) == tuple(s.num_seqs + 1 for s in _SAMPLES):
-        return "S+1"
+    for symbol, x, y in zip("TRS", *_SAMPLES, strict=True):
+        if (a, b) == (x + 1, y + 1):  # where something begins, for each of them and at the end
+            return f"{symbol}+1"
     return None

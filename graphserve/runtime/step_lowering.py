@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from graphserve.artifacts import ArtifactStore
+from graphserve.kernels.triton.overlap import MEASURED_TARGETS
 from graphserve.plan.runner import Binder
 from graphserve.plan.schema import Plan
 from graphserve.progress import phase
@@ -35,7 +36,7 @@ class TritonLowering:
         stream: that launches go to; a graph is captured on it.
         store: where compiled kernels are kept.
         deterministic: a row's bits must not depend on the other rows of its step.
-        overlap: launch kernels while the one in front still runs; off until a measurement shows a gain.
+        overlap: small steps launch kernels while the one in front still runs; by default where this was measured.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class TritonLowering:
         stream: torch.cuda.Stream,
         store: ArtifactStore,
         deterministic: bool = False,
-        overlap: bool = False,
+        overlap: bool | None = None,
     ) -> None:
         self._device = device
         self._stream = stream
@@ -57,7 +58,8 @@ class TritonLowering:
         from graphserve.kernels.triton.compiled import find_or_compile_kernels
 
         target = target_of(torch.cuda.get_device_capability(self._device))
-        lowered, together = lower_variants(plans, kv_cache, target, self._deterministic, self._overlap)
+        overlap = target in MEASURED_TARGETS if self._overlap is None else self._overlap
+        lowered, together = lower_variants(plans, kv_cache, target, self._deterministic, overlap)
         kernels = together.distinct_kernels()
         with phase("compile Triton kernels", total=len(kernels), unit="kernels") as work:
             compiled = find_or_compile_kernels(kernels, target, self._store, lambda done, total: work.advance())

@@ -10,6 +10,7 @@ from graphserve.errors import DeviceError
 from graphserve.kernels.triton.compiled import CompiledKernel
 from graphserve.kernels.triton.grid import evaluate
 from graphserve.kernels.triton.kernel import TARGETS, TritonKernel
+from graphserve.kernels.triton.overlap import MAX_OVERLAP_TOKENS
 from graphserve.plan.runner import Action, PlanRunner, StepSize
 from graphserve.plan.schema import Launch
 from graphserve.runtime.cuda_driver import CudaDriver
@@ -85,10 +86,11 @@ class TritonBackend:
             if self._plan.is_library_product(launch, x.numel() // x.shape[-1]):
                 return bind_product(launch, tensors)
         scalars = self._scalars(size)
+        overlaps = self._plan.overlap and size.num_tokens <= MAX_OVERLAP_TOKENS
         pointers = [tensors[name].data_ptr() if name else None for name in tensor_names(launch)]
         launches = [
             self._launchers[kernel.key].prepare(
-                pointers, scalars, self._scratch_address(kernel, scalars), self._stream, self._plan.overlap
+                pointers, scalars, self._scratch_address(kernel, scalars), self._stream, overlaps
             )
             for kernel in self._kernels_of(launch, tensors, size)
         ]

@@ -21,7 +21,13 @@ from graphserve.kernels.triton.overlap import overlapping, require_overlap
 from graphserve.plan.schema import Launch, Plan
 from graphserve.runtime.batch_invariance import invariant_choices, require_kernels
 from graphserve.runtime.kv_cache import KVCache
-from graphserve.runtime.launch_specs import op_name, split_arguments, value_name, value_specs
+from graphserve.runtime.launch_specs import (
+    op_name,
+    split_arguments,
+    unknown_arguments,
+    value_name,
+    value_specs,
+)
 
 # Ops that cuBLAS serves through torch.mm when there are many rows; a Triton kernel may replace it for few.
 LIBRARY_OPS = {"linear": "torch.mm"}
@@ -34,7 +40,7 @@ _SPLITS_KEYS = ("paged_attention", "paged_attention_quant", "paged_attention_qua
 
 # Programs that share the keys of a query in a decode step: few where sequences and heads fill the device by themselves.
 # A step has tokens times key heads of them without; the numbers are those that benchmarks/gpu_tune.py found best.
-_DECODE_SEGMENTS = ((2048, 1), (256, 2), (32, 4), (0, 16))
+_DECODE_SEGMENTS = ((512, 1), (32, 4), (0, 64))
 
 
 def decode_segments(num_programs: int) -> int:
@@ -146,6 +152,8 @@ def _generate(
     op = op_name(launch)
     if not op:
         return Refusal(f"{launch.op} has no Triton generator")
+    if unknown := unknown_arguments(launch, specs):
+        return Refusal(f"{launch.op}: {', '.join(unknown)} has no affine shape")
     if op == "gather_rows":
         args: list[ArgSpec | None] = [specs.get(value_name(launch.args[0])), specs.get(value_name(launch.args[2]))]
         attrs: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from sampling_rows import random_limits, random_scores
 from graphserve.kernels import register_all
 from graphserve.runtime.device_runner import variant_of
 from graphserve.runtime.kv_cache import KVCache
+from graphserve.runtime.launch_specs import tensor_names
 from graphserve.runtime.sampler import Sampler
 from graphserve.runtime.step_input import (
     ALL_LOGPROBS,
@@ -26,8 +27,9 @@ from graphserve.runtime.step_input import (
     StepOutput,
     sampling_keys,
 )
-from graphserve.runtime.step_plan import VARIANTS, StepLimits, step_plan
+from graphserve.runtime.step_plan import VARIANTS, StepLimits, Variant, step_plan
 from graphserve.runtime.triton_plan import lower_to_triton
+from tests.compiler.compiled import compiled_tiny
 from tests.runtime.step_models import BLOCK_SIZE, CPU, FIRST_SLOT, decode_step, table_plan, table_runner
 
 register_all()
@@ -187,3 +189,17 @@ def test_every_launch_of_a_step_has_a_kernel(variant: Any) -> None:
     assert ("sampling_cut" in names) == (variant != "greedy") and ("top_logprobs_block" in names) == (
         variant in ("logprobs", "bitmask")
     )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_gpu_kernel_takes_every_tensor_of_its_launch(variant: Variant) -> None:
+    """An argument whose shape the lowering cannot say must not be taken for an absent one."""
+    plan = step_plan(compiled_tiny("llama").plan, variant, StepLimits(8, max_rows=8, num_slots=3)).plan
+    lowered = lower_to_triton(plan, KVCache(plan, 2, 16, torch.device("meta")), "cuda:90")
+    assert lowered.refusals == {}
+    for index, kernels in lowered.kernels.items():
+        launch = lowered.plan.launches[index]
+        names = tensor_names(launch)
+        taken = {a.source for kernel in kernels for a in kernel.arguments}
+        left = [name for i, name in enumerate(names) if name and i not in taken]
+        assert left == [], f"{launch.op} leaves {left} out"

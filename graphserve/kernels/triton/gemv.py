@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphserve.kernels.triton.kernel import KernelText, TritonKernel
+from graphserve.kernels.triton.kernel import KernelText, TritonKernel, next_power_of_2
 from graphserve.kernels.triton.matmul import (
     EPILOGUE,
     PROCESSORS,
@@ -19,6 +19,7 @@ from graphserve.kernels.triton.matmul import (
 # less to do each keep the memory busiest, from 6144 to 128256 rows of the weight (benchmarks/gpu_tune.py, H200).
 _TILE_ELEMENTS = 2048
 _TILE_BYTES = 4096
+_LEAST_BYTES = 512  # of a row: less is no 128-bit load for each thread of a warp
 _NUM_WARPS = 4
 
 _BODY = """
@@ -45,6 +46,8 @@ def gemv(product: Product) -> TritonKernel:
     """A program computes ``BLOCK_N`` results of one row; more rows are more programs, which read the weight again."""
     n, k, item = product.n, product.k, item_size(product.w)
     block_k = choose_block_k(k, _TILE_BYTES // item, item)
+    if block_k * item < _LEAST_BYTES:
+        block_k = min(_TILE_BYTES // item, next_power_of_2(k))  # masked, where whole blocks would be too short
     block_n = max(1, _TILE_ELEMENTS // block_k)
     while block_n > 1 and -(-n // block_n) < 2 * PROCESSORS[product.target]:
         block_n //= 2
