@@ -30,7 +30,7 @@ EXPECTED: dict[str, dict[str, int]] = {
     "gpt2": {"layer_norm": 9, "linear": 17, "embedding": 2, "activation": 4, "row_reshape": 12, "last_rows": 1,
              "add_norm": 9, "attention": 4},
     "opt": {"layer_norm": 9, "linear": 25, "embedding": 2, "activation": 4, "row_reshape": 20, "last_rows": 1,
-            "merge_linears": 4, "add_norm": 9, "attention": 4, "pointwise_groups": 4},
+            "merge_linears": 4, "add_norm": 9, "attention": 4, "pointwise_groups": 5},
     # each rotation matches twice: the rotated part, then the partial rotary around it
     "gpt_neox": LINEAR | {"layer_norm": 9, "linear": 17, "activation": 4, "rope": 16, "add_norm": 4,
                           "pointwise_groups": 4},
