@@ -5,21 +5,17 @@ from __future__ import annotations
 import torch
 
 from graphserve.config import EngineConfig
-from graphserve.engine.llm_engine import PROMPT_LOGPROBS_ROWS
-from graphserve.engine.scheduler import SchedulerLimits
-from graphserve.engine.step_builder import StepBuilder
 from graphserve.kernels.cpu import CppKernel
 from graphserve.kernels.triton.kernel import TritonKernel
 from graphserve.kernels.triton.overlap import MEASURED_TARGETS
 from graphserve.plan.schema import Plan
-from graphserve.runtime.buckets import CaptureBuckets
 from graphserve.runtime.cpp_backend import lower_to_cpp
 from graphserve.runtime.kv_cache import KVCache
+from graphserve.runtime.memory_plan import NUM_RESULT_SLOTS, largest_step
 from graphserve.runtime.step_plan import VARIANTS, StepLimits, step_plan
 from graphserve.runtime.triton_plan import lower_to_triton
 
 _NUM_BLOCKS = 2  # the size of the KV pool is in no kernel
-_STEPS_IN_FLIGHT = 2
 
 
 def cpp_kernels(plan: Plan, config: EngineConfig, level: str) -> list[CppKernel]:
@@ -41,15 +37,8 @@ def triton_kernels(plan: Plan, config: EngineConfig, target: str) -> list[Triton
 
 def _step_limits(plan: Plan, config: EngineConfig) -> StepLimits:
     """The sizes that a device engine with these options fixes for all its steps."""
-    num_lanes = config.max_num_seqs
-    builder = StepBuilder(len(plan.cache_groups), config.block_size, CaptureBuckets(num_lanes), num_lanes)
-    limits = SchedulerLimits(
-        max_num_seqs=num_lanes,
-        max_num_batched_tokens=config.token_budget(plan.model["max_model_len"]),
-        max_logits_rows=num_lanes + PROMPT_LOGPROBS_ROWS,
-        enable_chunked_prefill=config.enable_chunked_prefill,
-    )
-    return StepLimits(num_lanes, builder.largest_step(limits).num_rows, num_slots=_STEPS_IN_FLIGHT + 1)
+    _, rows, _ = largest_step(config, plan.model["max_model_len"], on_device=True)
+    return StepLimits(config.max_num_seqs, rows, NUM_RESULT_SLOTS)
 
 
 def _kv_cache(plan: Plan, config: EngineConfig) -> KVCache:

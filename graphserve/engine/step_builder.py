@@ -32,7 +32,6 @@ class StepBuilder:
         buckets: sizes to pad to.
         num_lanes: lanes of running requests; the dead lane is the one after them.
         runs_ahead: steps say what ends a row's request, because the next one is submitted before the host knows.
-        num_lanes: lanes of the device, without the dead one.
     """
 
     def __init__(
@@ -46,14 +45,10 @@ class StepBuilder:
 
     def largest_step(self, limits: SchedulerLimits) -> StepSizes:
         """Bounds of the arrays that :meth:`build` makes within ``limits``."""
-        buckets = self._buckets
-        num_seqs = max(buckets.rows(limits.max_num_seqs), buckets.mixed_rows(limits.max_num_seqs))
-        return StepSizes(
-            num_tokens=max(buckets.tokens(num_seqs + 1), buckets.tokens(limits.max_num_batched_tokens)),
-            num_rows=max(num_seqs, buckets.rows(limits.max_logits_rows), buckets.mixed_rows(limits.max_logits_rows)),
-            num_seqs=num_seqs,
-            num_lanes=self._dead_lane,
+        tokens, rows, seqs = self._buckets.largest_step(
+            limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_logits_rows
         )
+        return StepSizes(tokens, rows, seqs, num_lanes=self._dead_lane)
 
     def build(self, scheduled: Sequence[ScheduledRequest]) -> StepInput:
         """Arrays of one step; ``scheduled`` is not empty and its order becomes the order of the sequences."""

@@ -66,6 +66,13 @@ class Buckets:
             return count
         return min(-(-count // self._token_step) * self._token_step, max(count, self._max_padded_tokens))
 
+    def largest_step(self, max_num_seqs: int, max_num_tokens: int, max_rows: int) -> tuple[int, int, int]:
+        """Tokens, logits rows and sequences that no padded step within these counts exceeds."""
+        num_seqs = max(self.rows(max_num_seqs), self.mixed_rows(max_num_seqs))
+        num_rows = max(num_seqs, self.rows(max_rows), self.mixed_rows(max_rows))
+        # A step with a prefill has more tokens than sequences, padding included.
+        return max(self.tokens(num_seqs + 1), self.tokens(max_num_tokens)), num_rows, num_seqs
+
 
 class CaptureBuckets(Buckets):
     """Buckets of a device that captures a graph for each size.

@@ -189,7 +189,7 @@ class CppBackend:
     def replace_kernels(self, kernel_plan: KernelPlan, store: ArtifactStore) -> None:
         """Use other kernels for the same weights (another block size)."""
         self._kernel_plan = kernel_plan
-        with phase("compile C++ kernels") as work:
+        with phase("compile C++ kernels", unit="libraries") as work:
             distinct = {k.key: k for k in kernel_plan.kernels.values()}
             self._library = build(list(distinct.values()), store, lambda done, total, name: work.advance())
             work.note = f"{len(distinct)} kernels for {len(kernel_plan.kernels)} launches"

@@ -168,12 +168,22 @@ def weight_bytes(plan: Plan) -> int:
     )
 
 
+def largest_step(config: EngineConfig, max_model_len: int, on_device: bool) -> tuple[int, int, int]:
+    """Tokens, logits rows and sequences of the largest step of an engine.
+
+    Args:
+        on_device: steps are sampled on the device and captured there.
+    """
+    most = config.max_num_seqs
+    buckets = CaptureBuckets(most, config.cudagraph_capture_sizes) if on_device else Buckets(most)
+    if config.enforce_eager:
+        buckets = Buckets(most, is_enabled=False)
+    return buckets.largest_step(most, config.token_budget(max_model_len), most + PROMPT_LOGPROBS_ROWS)
+
+
 def workspace_bytes(plan: Plan, config: EngineConfig, max_model_len: int) -> int:
     """Buffers and inputs of the largest step, and the sampler's temporaries."""
-    buckets = Buckets(config.max_num_seqs, not config.enforce_eager)
-    seqs = buckets.rows(config.max_num_seqs)
-    tokens = max(seqs, buckets.tokens(config.token_budget(max_model_len)))
-    rows = max(seqs, buckets.rows(config.max_num_seqs + PROMPT_LOGPROBS_ROWS))
+    tokens, rows, seqs = largest_step(config, max_model_len, on_device=False)
     num_groups = len(plan.cache_groups)
     table_len = -(-int(plan.model["max_model_len"]) // config.block_size)
     inputs = tokens * 8 * (2 + num_groups) + rows * 8 + seqs * 4 * (2 + num_groups * table_len)
@@ -183,14 +193,9 @@ def workspace_bytes(plan: Plan, config: EngineConfig, max_model_len: int) -> int
 
 def device_workspace_bytes(plan: Plan, config: EngineConfig, max_model_len: int) -> int:
     """Buffers and inputs of the largest step that samples on the device, and its kernels' scratch memory."""
-    most = config.max_num_seqs
-    buckets = Buckets(most, False) if config.enforce_eager else CaptureBuckets(most, config.cudagraph_capture_sizes)
-    seqs = max(buckets.rows(most), buckets.mixed_rows(most))
-    tokens = max(seqs, buckets.tokens(config.token_budget(max_model_len)))
-    all_rows = most + PROMPT_LOGPROBS_ROWS
-    rows = max(seqs, buckets.rows(all_rows), buckets.mixed_rows(all_rows))
+    tokens, rows, seqs = largest_step(config, max_model_len, on_device=True)
     table_len = -(-int(plan.model["max_model_len"]) // config.block_size)
-    limits = StepLimits(most, rows, NUM_RESULT_SLOTS)
+    limits = StepLimits(config.max_num_seqs, rows, NUM_RESULT_SLOTS)
     scratch = rows * int(plan.model["vocab_size"]) * SCRATCH_BYTES_PER_LOGIT
     return step_bytes(plan, limits, table_len, (tokens, rows, seqs)) + scratch
 
