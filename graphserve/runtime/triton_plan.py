@@ -31,8 +31,8 @@ from graphserve.runtime.launch_specs import (
 
 # Ops that cuBLAS serves through torch.mm when there are many rows; a Triton kernel may replace it for few.
 LIBRARY_OPS = {"linear": "torch.mm"}
-# One row is a matrix times a vector, which our kernel reads faster; from two rows on cuBLAS is as fast as any tile of
-# ours (benchmarks/gpu_tune.py, H200).
+# One row is a matrix times a vector, which our kernel reads faster; from two rows on cuBLAS is within 7 % of the best
+# tile of ours, above or below it (benchmarks/gpu_tune.py, H200).
 MAX_GEMV_ROWS = 1
 # Ops whose second kernel, where there is one, only adds up what the first one computed per part of the keys.
 _SPLITS_KEYS = ("paged_attention", "paged_attention_quant", "paged_attention_quant_rows")
