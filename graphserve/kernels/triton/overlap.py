@@ -15,8 +15,8 @@ from graphserve.errors import ConfigError
 from graphserve.kernels.triton.kernel import TritonKernel
 
 OVERLAP_TARGETS = ("cuda:90", "cuda:100")
-# Steps of up to so many tokens gain from it, larger ones lose (results/gpu_overlap_*.json, H200: 4.00 for 4.17 ms at one
-# sequence, the same at 16 and 64, 16.1 for 15.1 ms at 256). Not measured on the other target.
+# Steps of up to so many tokens gain from it, larger ones lose: 4.00 for 4.17 ms at one sequence, the same at 16 and 64,
+# 16.1 for 15.1 ms at 256 (H200, benchmarks/results/gpu_overlap_*.json). Not measured on the other target.
 MAX_OVERLAP_TOKENS = 8
 MEASURED_TARGETS = ("cuda:90",)
 
