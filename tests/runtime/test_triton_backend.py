@@ -1,22 +1,13 @@
 """Triton kernels behind a plan, bound against a stand-in for the CUDA driver: no GPU is needed."""
 
 import pytest
-import torch
 
 from graphserve.errors import DeviceError
-from graphserve.kernels.triton.compile import compile_for
-from graphserve.plan.runner import PlanRunner, StepSize
-from graphserve.runtime.cuda_driver import CudaDriver
-from graphserve.runtime.kv_cache import KVCache
-from graphserve.runtime.model_runner import _view_input
-from graphserve.runtime.triton_backend import TritonBackend, target_of
-from graphserve.runtime.triton_plan import lower_to_triton
-from graphserve.runtime.weights import materialize_weights
+from graphserve.runtime.triton_backend import target_of
+from graphserve.runtime.triton_plan import decode_segments
 from tests.compiler.compiled import compiled_tiny
-from tests.runtime.stub_cuda import StubCuda
-from tests.tiny_models import checkpoint_tensors, tiny_config, tiny_model
-
-TARGET = "cuda:90"
+from tests.runtime.stub_step import StubStep
+from tests.tiny_models import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -32,33 +23,22 @@ def test_a_device_without_a_target_is_refused_by_name() -> None:
 
 
 @pytest.mark.full
-def test_a_decode_step_is_exactly_the_plans_launches_with_the_plans_addresses() -> None:
+@pytest.mark.parametrize("num_seqs", [1, 4, 16])
+def test_a_decode_step_is_exactly_the_plans_launches_with_the_plans_addresses(num_seqs: int) -> None:
+    """Products of one row are ours, of more the library's; attention has its forms for decode steps."""
     built = compiled_tiny("llama")
-    parameters = checkpoint_tensors(tiny_model(tiny_config("llama")))
-    cpu = torch.device("cpu")
-    weights = materialize_weights(built.plan, parameters.items(), built.constants, cpu)
-    cache = KVCache(built.plan, 8, 16, cpu)
-    lowered = lower_to_triton(built.plan, cache, TARGET)
-    compiled = {key: compile_for(kernel, TARGET) for key, kernel in lowered.distinct_kernels().items()}
-    stub = StubCuda({c.name: c.binary for c in compiled.values()})
-    backend = TritonBackend(lowered, compiled, CudaDriver(stub), cpu)
-    backend.table_lens = [4]
-    inputs = {
-        "input_ids": torch.zeros(1, 4, dtype=torch.int64),
-        "positions": torch.zeros(1, 4, dtype=torch.int64),
-        "logits_indices": torch.zeros(4, dtype=torch.int64),
-        "query_start_loc": torch.arange(5, dtype=torch.int32),
-        "seq_lens": torch.ones(4, dtype=torch.int32),
-        "slot_mapping.0": torch.zeros(4, dtype=torch.int64),
-        "block_table.0": torch.zeros(4, 4, dtype=torch.int32),
-    }
-    for layer, (keys, values) in enumerate(cache.layers):
-        inputs |= {f"kv_k.{layer}": keys, f"kv_v.{layer}": values}
-    runner = PlanRunner(lowered.plan, weights, inputs, _view_input, cpu, {"triton": backend, "library": backend})
+    step = StubStep(built, tiny_config("llama"))
+    lowered = step.lowered
     assert not lowered.refusals, "a launch would run eagerly"
-    runner.run(StepSize((4, 4, 4)))
-    expected = sum(len(kernels) for kernels in lowered.kernels.values())
-    assert len(stub.launches) == expected
-    runner.run(StepSize((4, 4, 4)))
-    first, second = stub.launches[:expected], stub.launches[expected:]
+    step.run(num_seqs)
+    segments = decode_segments(num_seqs * built.plan.cache_layers[0].kv_heads)
+    expected = [
+        kernel.symbol
+        for index, kernels in lowered.kernels.items()
+        if not lowered.is_library_product(lowered.plan.launches[index], num_seqs)
+        for kernel in (lowered.decode_kernels[index][segments] if index in lowered.decode_kernels else kernels)
+    ]
+    assert [launch["kernel"] for launch in step.launches] == expected
+    step.run(num_seqs)
+    first, second = step.launches[: len(expected)], step.launches[len(expected) :]
     assert first == second, "a bound step repeats itself to the address"

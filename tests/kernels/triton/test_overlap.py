@@ -10,20 +10,16 @@ pytest.importorskip("triton")
 
 from graphserve.errors import ConfigError  # noqa: E402
 from graphserve.kernels.triton.compile import compile_for  # noqa: E402
-from graphserve.kernels.triton.overlap import overlapping  # noqa: E402
-from graphserve.plan.runner import PlanRunner, StepSize  # noqa: E402
-from graphserve.runtime.cuda_driver import CudaDriver  # noqa: E402
+from graphserve.kernels.triton.overlap import MAX_OVERLAP_TOKENS, overlapping  # noqa: E402
 from graphserve.runtime.kv_cache import KVCache  # noqa: E402
-from graphserve.runtime.model_runner import _view_input  # noqa: E402
-from graphserve.runtime.triton_backend import TritonBackend  # noqa: E402
 from graphserve.runtime.triton_plan import TritonPlan, lower_to_triton  # noqa: E402
-from graphserve.runtime.weights import materialize_weights  # noqa: E402
 from tests.compiler.compiled import compiled  # noqa: E402
-from tests.runtime.stub_cuda import StubCuda  # noqa: E402
-from tests.tiny_models import checkpoint_tensors, tiny_config, tiny_model  # noqa: E402
+from tests.runtime.stub_step import StubStep  # noqa: E402
+from tests.tiny_models import tiny_config  # noqa: E402
 
 CPU = torch.device("cpu")
 MEMORY = re.compile(r"^\s+(?:@\S+ )?(?:ld|st|atom|red|cp)\.\S*", re.MULTILINE)
+OWN_MEMORY = re.compile(r"\s+(?:@\S+ )?(?:ld\.param|(?:ld|st)\.shared)\b")
 SASS_MEMORY = re.compile(r"\b(?:LDG|STG|LDGSTS|ATOMG|REDG|UBLKCP)\b")
 
 
@@ -43,8 +39,8 @@ def lowered(name="llama", target="cuda:90", **options) -> TritonPlan:
 def check_order(kernel, target):
     built = compile_for(kernel, target)
     body = built.asm[built.asm.index(".entry") :]
-    # Reading the launch's own parameters is no access to memory that a kernel wrote.
-    accesses = [m.start() for m in MEMORY.finditer(body) if ".param." not in m.group()]
+    # The launch's own parameters and the block's own shared memory are not memory that another kernel wrote.
+    accesses = [m.start() for m in MEMORY.finditer(body) if not OWN_MEMORY.match(m.group())]
     wait, launch = body.index("griddepcontrol.wait"), body.index("griddepcontrol.launch_dependents")
     assert accesses and wait < launch < min(accesses), kernel.symbol
     assert built.sass.index("ACQBULK") < SASS_MEMORY.search(built.sass).start(), kernel.symbol
@@ -84,27 +80,10 @@ def test_targets_without_early_starts_refuse_them():
 
 
 @pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.full)])
-def test_every_launch_of_a_plan_has_the_attribute_or_none(overlap):
-    built, config = tiny_plan()
-    cache = KVCache(built.plan, 8, 16, CPU)
-    plan = lower_to_triton(built.plan, cache, "cuda:90", overlap=overlap)
-    compiled_kernels = {key: compile_for(kernel, "cuda:90") for key, kernel in plan.distinct_kernels().items()}
-    stub = StubCuda({c.name: c.binary for c in compiled_kernels.values()})
-    backend = TritonBackend(plan, compiled_kernels, CudaDriver(stub), CPU)
-    backend.table_lens = [4]
-    inputs = {
-        "input_ids": torch.zeros(1, 4, dtype=torch.int64),
-        "positions": torch.zeros(1, 4, dtype=torch.int64),
-        "logits_indices": torch.zeros(4, dtype=torch.int64),
-        "query_start_loc": torch.arange(5, dtype=torch.int32),
-        "seq_lens": torch.ones(4, dtype=torch.int32),
-        "slot_mapping.0": torch.zeros(4, dtype=torch.int64),
-        "block_table.0": torch.zeros(4, 4, dtype=torch.int32),
-        "kv_k.0": cache.layers[0][0],
-        "kv_v.0": cache.layers[0][1],
-    }
-    weights = materialize_weights(built.plan, checkpoint_tensors(tiny_model(config)).items(), built.constants, CPU)
-    binders = {"triton": backend, "library": backend}
-    PlanRunner(plan.plan, weights, inputs, _view_input, CPU, binders).run(StepSize((4, 4, 4)))
-    attributes = {tuple(launch["attributes"]) for launch in stub.launches}
-    assert attributes == {((6, 1),) if overlap else ()}
+def test_launches_of_small_steps_have_the_attribute_where_it_is_wanted(overlap):
+    step = StubStep(*tiny_plan(), overlap=overlap)
+    step.run(MAX_OVERLAP_TOKENS)
+    assert {tuple(launch["attributes"]) for launch in step.launches} == {((6, 1),) if overlap else ()}
+    before = len(step.launches)
+    step.run(2 * MAX_OVERLAP_TOKENS)
+    assert {tuple(launch["attributes"]) for launch in step.launches[before:]} == {()}
