@@ -9,10 +9,11 @@ from graphserve.errors import ConfigError
 from graphserve.plan.runner import StepSize
 from graphserve.plan.schema import CacheGroup
 from graphserve.runtime.buckets import Buckets, CaptureBuckets
-from graphserve.runtime.device_runner import DeviceRunner, SubmittedStep
+from graphserve.runtime.device_runner import DeviceRunner
 from graphserve.runtime.kv_pool_size import kv_bytes_per_token
 from graphserve.runtime.step_input import StepInput
 from graphserve.runtime.step_plan import Variant
+from graphserve.runtime.submitted_step import SubmittedStep
 from graphserve.runtime.weight_memory import WeightMemory
 
 

@@ -16,11 +16,12 @@ from graphserve.kernels.triton.compile import interpret
 from graphserve.kernels.triton.kernel import TritonKernel
 from graphserve.plan.runner import Action, Binder, PlanRunner, StepSize
 from graphserve.plan.schema import Launch, Plan
-from graphserve.runtime.device_runner import DeviceRunner, References
+from graphserve.runtime.device_runner import DeviceRunner
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.launch_specs import tensor_names
 from graphserve.runtime.recorder import Recorder
 from graphserve.runtime.step_lowering import lower_variants
+from graphserve.runtime.step_programs import References
 from graphserve.runtime.weights import materialize_weights
 from graphserve.sampling_params import SamplingParams
 from tests.compiler.compiled import compiled
