@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,25 @@ def process_age_s() -> float:
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - born_s)
     except (OSError, ValueError, IndexError, AttributeError):
         return 0.0
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Load a model in the body, in a process that serves nothing else: garbage collection rests until it is loaded.
+
+    Imports and plans make a million objects, and nearly all of them stay. Walking them again and again was a seventh of
+    importing torch and a quarter of importing transformers; without it a start takes 11 MB more (Llama-3.1-8B's plan).
+    What is there at the end is left out of all later collections.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # extension modules complain at exit of objects that were never collected
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class StartupClock:

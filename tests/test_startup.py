@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from graphserve import startup
 from graphserve.progress import PhaseEvent
-from graphserve.startup import StartupClock, process_age_s
+from graphserve.startup import StartupClock, process_age_s, without_collector
 
 
 class Time:
@@ -77,6 +78,19 @@ def test_the_age_of_a_process_begins_with_its_birth() -> None:
     age = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 0.25 < age < time.monotonic() - begin + 0.1
     assert process_age_s() > 0
+
+
+def test_the_collector_rests_while_a_model_is_loaded_and_comes_back() -> None:
+    num_frozen = gc.get_freeze_count()
+    try:
+        with without_collector():
+            assert not gc.isenabled()
+        assert gc.isenabled() and gc.get_freeze_count() > num_frozen
+        with pytest.raises(ValueError), without_collector():
+            raise ValueError
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
 
 
 def test_generate_writes_the_report_of_its_start(tmp_path: Path) -> None:

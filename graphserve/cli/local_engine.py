@@ -14,6 +14,7 @@ from graphserve.engine.served_engine import changed_fields
 from graphserve.errors import GraphserveError
 from graphserve.models.tokenizer import Tokenizer
 from graphserve.sampling_params import RequestOutputKind, SamplingParams
+from graphserve.startup import without_collector
 
 
 class LocalEngine:
@@ -27,9 +28,10 @@ class LocalEngine:
         previous = progress.set_sink(None)
         progress.set_sink(previous or progress.StreamSink())
         try:
-            with progress.phase("import torch"):
-                import graphserve.runtime.load  # noqa: F401  (the engine needs it; here it has a phase of its own)
-            self._engine = LLMEngine.from_config(self._config)
+            with without_collector():
+                with progress.phase("import torch"):
+                    import graphserve.runtime.load  # noqa: F401  (the engine needs it; here it has a phase of its own)
+                self._engine = LLMEngine.from_config(self._config)
         finally:
             progress.set_sink(previous)
         return self

@@ -10,6 +10,7 @@ from typing import Any
 
 from graphserve import progress
 from graphserve.cli.engine_options import add_engine_options, add_model_argument, engine_config, fetch_model
+from graphserve.startup import without_collector
 
 # Options that decide nothing of what is compiled, or where it goes (--output says that here).
 _WITHOUT = ("compile_cache", "strict_compile_cache", "start")
@@ -49,9 +50,10 @@ def run(options: argparse.Namespace) -> int:
     targets = [target for target in options.target.split(",") if target]
     previous = progress.set_sink(progress.StreamSink())
     try:
-        from graphserve.compiler.warmup import run_warmup
+        with without_collector():
+            from graphserve.compiler.warmup import run_warmup
 
-        report = run_warmup(config, options.output, targets, options.check, max(1, options.jobs))
+            report = run_warmup(config, options.output, targets, options.check, max(1, options.jobs))
     finally:
         progress.set_sink(previous)
     text = json.dumps(report.as_dict(), indent=1) if options.report else str(report)

@@ -13,6 +13,7 @@ from graphserve.engine.messages import AddRequest, EngineInfo, EngineStats, Outp
 from graphserve.models.hub import resolve_model
 from graphserve.outputs import RequestOutput
 from graphserve.sampling_params import SamplingParams
+from graphserve.startup import without_collector
 
 if TYPE_CHECKING:
     from graphserve.engine.llm_engine import LLMEngine
@@ -127,6 +128,7 @@ def load_engine(config: dict[str, Any]) -> ServedEngine:
     options = EngineConfig.from_kwargs(**config)
     # First of all: a name that does not exist is reported, and a download seen, before torch has been imported.
     _find(options.model, options.revision, options)
-    from graphserve.engine.llm_engine import LLMEngine
+    with without_collector():
+        from graphserve.engine.llm_engine import LLMEngine
 
-    return ServedEngine(LLMEngine.from_config(options))
+        return ServedEngine(LLMEngine.from_config(options))

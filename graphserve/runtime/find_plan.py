@@ -81,7 +81,10 @@ def find_plan(config: EngineConfig, folder: Path, store: ArtifactStore) -> Model
         ConfigError: the folder has no safetensors checkpoint.
     """
     checkpoint = Checkpoint.open(folder)
-    factors = plan_factors(config, folder, checkpoint)
+    return _stored(store, plan_factors(config, folder, checkpoint), checkpoint)
+
+
+def _stored(store: ArtifactStore, factors: Mapping[str, Any], checkpoint: Checkpoint) -> ModelPlan | None:
     program = load_weight_program(store, weight_factors(factors, _shapes(checkpoint)))
     compiled = load_plan(store, factors) if program is not None else None
     return None if compiled is None else ModelPlan(compiled, program)
@@ -94,14 +97,15 @@ def find_or_compile(config: EngineConfig, folder: Path, store: ArtifactStore) ->
         CacheMissError: it is not stored and the store is strict.
     """
     with phase("find stored plan") as work:
-        found = find_plan(config, folder, store)
-        factors = plan_factors(config, folder, Checkpoint.open(folder))
+        checkpoint = Checkpoint.open(folder)
+        factors = plan_factors(config, folder, checkpoint)
+        found = _stored(store, factors, checkpoint)
         work.note = "found" if found is not None else explain_miss(store, "plan", factors, same=("config",))
     if found is not None:
         return found
     with store.lock("plan", factors):
         # Another process may have made it while this one waited.
-        return find_plan(config, folder, store) or _compile_checkpoint(config, folder, store)
+        return _stored(store, factors, checkpoint) or _compile_checkpoint(config, folder, store)
 
 
 def find_or_compile_config(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
