@@ -6,6 +6,7 @@ No torch extension and no compiler: only the ``libcuda`` that comes with the GPU
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from ctypes import POINTER, Structure, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ushort, c_void_p
 from typing import Any
 
@@ -94,19 +95,20 @@ class CudaDriver:
 
     Args:
         library: an object that has the driver's functions as attributes; the system's driver library by default.
+        more: further functions and their argument types, for :meth:`call`.
 
     Raises:
         DeviceError: there is no driver library, or it lacks a function (``cuLaunchKernelEx`` came with CUDA 11.8).
     """
 
-    def __init__(self, library: Any = None) -> None:
+    def __init__(self, library: Any = None, more: Mapping[str, tuple[Any, ...]] | None = None) -> None:
         if library is None:
             try:
                 library = ctypes.CDLL(LIBRARY)
             except OSError as error:
                 raise DeviceError(f"cannot load {LIBRARY}: install the GPU's driver ({error})") from error
         self._functions: dict[str, Any] = {}
-        for name, types in _FUNCTIONS.items():
+        for name, types in (_FUNCTIONS | dict(more or {})).items():
             try:
                 function = getattr(library, name)
             except AttributeError as error:

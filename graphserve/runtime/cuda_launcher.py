@@ -98,6 +98,9 @@ class ArgumentBuffer:
 class CudaLaunch:
     """One launch, ready to be made any number of times.
 
+    Attributes:
+        name: the kernel's, as the driver knows it.
+
     Invariant: the C structures it holds are the ones that the driver reads, and nothing of them is rebuilt per launch.
     The addresses, and what :class:`CudaLauncher` loaded, must outlive it.
     """
@@ -106,7 +109,7 @@ class CudaLaunch:
         self, driver: CudaDriver, name: str, function: int, config: LaunchConfig, arguments: ArgumentBuffer
     ) -> None:
         self._driver = driver
-        self._name = name
+        self.name = name
         self._function = ctypes.c_void_p(function)
         self._config = config
         self._arguments = arguments  # keeps the memory that the pointers point into
@@ -124,7 +127,7 @@ class CudaLaunch:
             return
         result = self._launch(self._config_reference, self._function, self._arguments.pointers, None)
         if result:
-            self._driver.check(result, "cuLaunchKernelEx", self._name)
+            self._driver.check(result, "cuLaunchKernelEx", self.name)
 
     def set_stream(self, stream: int) -> None:
         """Enqueue on another stream from now on (a graph is captured on its own)."""

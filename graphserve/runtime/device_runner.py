@@ -54,7 +54,7 @@ class DeviceRunner:
         max_in_flight: steps that may be submitted before the first result is taken.
         lowering: which kernels the launches get, by default their references.
         graphs: makes the recordings, given the step scalars of a size; None launches every step eagerly.
-        stream: that everything is enqueued on, on CUDA; not the default one, which cannot be captured.
+        stream: that everything is enqueued on, on CUDA; not the default one, which cannot be captured. None elsewhere.
         record_after: how many steps of a size run eagerly before it is recorded although the device is busy; on an idle
             one it is recorded at once.
 
@@ -86,7 +86,7 @@ class DeviceRunner:
         self._weights = weights
         self._lowering = lowering or References()
         self._make_graphs = graphs
-        self._stream = stream
+        self.stream = stream
         self._record_after = record_after
         self._num_eager_of: Counter[tuple[Variant, StepSize]] = Counter()
         self._buckets: CaptureBuckets | None = None
@@ -177,7 +177,7 @@ class DeviceRunner:
                 self._programs.record(variant, size)
             self._inputs.write(step, variant, slot)
             logprobs = self._run(self._programs, variant, size, step.sampling, slot)
-            done = self._stream.record_event() if self._stream is not None else None
+            done = self.stream.record_event() if self.stream is not None else None
             submitted = SubmittedStep(step.sampling, self._ring[slot], logprobs, done)
         self._submitted[slot] = submitted
         self._num_steps += 1
@@ -214,7 +214,7 @@ class DeviceRunner:
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
         """Tensors are made for inference, and work goes to the runner's stream."""
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
             yield
 
     def _should_record(self, variant: Variant, size: StepSize) -> bool:

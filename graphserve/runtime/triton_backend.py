@@ -94,7 +94,7 @@ class TritonBackend:
             )
             for kernel in self._kernels_of(launch, tensors, size)
         ]
-        return launches[0] if len(launches) == 1 else _Several(launches)
+        return launches[0] if len(launches) == 1 else SeveralLaunches(launches)
 
     def _kernels_of(self, launch: Launch, tensors: Mapping[str, torch.Tensor], size: StepSize) -> list[TritonKernel]:
         assert launch.kernel is not None
@@ -107,7 +107,7 @@ class TritonBackend:
     def finish(self, actions: list[Action], size: StepSize) -> list[Action]:
         flat: list[Action] = []
         for action in actions:
-            flat.extend(action.launches if isinstance(action, _Several) else [action])
+            flat.extend(action.launches if isinstance(action, SeveralLaunches) else [action])
         return flat
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ class TritonBackend:
         return area.data_ptr()
 
 
-class _Several:
+class SeveralLaunches:
     """The launches of one plan launch, in order."""
 
     def __init__(self, launches: list[CudaLaunch]) -> None:

@@ -34,13 +34,16 @@ def parameter_table(cubin):
 class StubCuda:
     """Attributes are the driver's functions. ``calls`` holds (name, arguments), ``launches`` the decoded launches.
 
-    ``fail`` maps a function's name to the CUresult that it returns.
+    ``fail`` maps a function's name to the CUresult that it returns. ``graphs`` maps a graph's handle to its nodes: the
+    name of a kernel that was captured by its function (``str``) or by its library kernel (``bytes``), or an int, the
+    type of another node.
     """
 
     def __init__(self, cubins, free_bytes=1 << 40):
         self.cubins = cubins  # kernel name → cubin
         self.memory = StubMemory(free_bytes)
         self.calls, self.launches, self.fail = [], [], {}
+        self.graphs = {}
         self._modules, self._functions, self._keep = {}, {}, []
 
     def __getattr__(self, name):
@@ -114,6 +117,44 @@ class StubCuda:
                 "extra": extra,
             }
         )
+        return 0
+
+    def _cuGraphGetNodes(self, graph, nodes, count):  # noqa: N802
+        found = self.graphs[graph]
+        if nodes:
+            room = ctypes.cast(count, ctypes.POINTER(c_size_t))[0]
+            for place in range(min(room, len(found))):
+                ctypes.cast(nodes, ctypes.POINTER(c_void_p))[place] = graph + 1 + place
+        return _write(count, len(found))
+
+    def _node(self, node):
+        graph = max(handle for handle in self.graphs if handle < node)
+        return self.graphs[graph][node - graph - 1]
+
+    def _cuGraphNodeGetType(self, node, out):  # noqa: N802
+        found = self._node(node)
+        ctypes.cast(out, ctypes.POINTER(c_int))[0] = found if isinstance(found, int) else 0
+        return 0
+
+    def _cuGraphKernelNodeGetParams_v2(self, node, out):  # noqa: N802
+        found = self._node(node)
+        if isinstance(found, int):
+            return 1
+        # CUfunction, six sizes, shared memory, two pointers, CUkernel and context.
+        function, kernel = (node, 0) if isinstance(found, str) else (0, node)
+        ctypes.memmove(out, struct.pack("<Q7I4xQQQQ", function, *range(1, 8), 0, 0, kernel, 0), 72)
+        return 0
+
+    def _cuFuncGetName(self, out, function):  # noqa: N802
+        return self._write_name(out, self._node(function).encode())
+
+    def _cuKernelGetName(self, out, kernel):  # noqa: N802
+        return self._write_name(out, self._node(kernel))
+
+    def _write_name(self, out, name):
+        text = c_char_p(name)
+        self._keep.append(text)
+        ctypes.cast(out, ctypes.POINTER(c_char_p))[0] = text
         return 0
 
     def _cuMemGetAllocationGranularity(self, out, properties, option):  # noqa: N802
@@ -250,4 +291,9 @@ _SIGNATURES = {
     "cuMemUnmap": (c_uint64, c_size_t),
     "cuMemSetAccess": (c_uint64, c_size_t, c_void_p, c_size_t),
     "cuLaunchKernelEx": (c_void_p, c_void_p, c_void_p, c_void_p),
+    "cuGraphGetNodes": (c_void_p, c_void_p, c_void_p),
+    "cuGraphNodeGetType": (c_void_p, c_void_p),
+    "cuGraphKernelNodeGetParams_v2": (c_void_p, c_void_p),
+    "cuFuncGetName": (c_void_p, c_void_p),
+    "cuKernelGetName": (c_void_p, c_void_p),
 }
