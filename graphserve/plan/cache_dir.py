@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 
 
@@ -22,4 +23,9 @@ def cache_dir() -> Path:
             return folder
     except OSError:
         pass
+    return _own_folder()
+
+
+@cache
+def _own_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="graphserve-"))

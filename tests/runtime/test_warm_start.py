@@ -2,88 +2,41 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
+import tempfile
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from graphserve.artifacts import ArtifactStore
 from graphserve.artifacts.bundle import import_bundle
 from graphserve.cli.main import main
-from graphserve.compiler.warmup import run_warmup
-from graphserve.config import EngineConfig
 from graphserve.kernels.cpu import compiler
-from graphserve.llm import LLM
-from graphserve.sampling_params import SamplingParams
+from tests.bare_start import (
+    OTHER_UID,
+    as_other_user,
+    bare_start,
+    contents,
+    demo_bundle,
+    freeze,
+    usual_answer,
+    without_privilege,
+)
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
-
-PROMPT = "Once upon a time"
-
-# Runs the command line with an importer in front that refuses what a warm start must not need.
-_BLOCKED = """
-import sys
-class Blocker:
-    names = ("torch._dynamo", "torch._inductor", "transformers", "triton", "sentencepiece")
-    def find_spec(self, name, path=None, target=None):
-        if name in self.names or name.startswith(tuple(n + "." for n in self.names)):
-            raise ImportError(f"a warm start imported {name}")
-sys.meta_path.insert(0, Blocker())
-from graphserve.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in one folder and carried away in a file."""
-    folder = tmp_path_factory.mktemp("made here")
-    path = tmp_path_factory.mktemp("bundle") / "demo.tar.zst"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRAPHSERVE_CACHE", str(folder / "store"))
-        assert run_warmup(EngineConfig(), path).is_complete
-    shutil.rmtree(folder)
-    return path
+    return demo_bundle(tmp_path_factory.mktemp("made here"), tmp_path_factory.mktemp("bundle") / "demo.tar.zst", "cpu")
 
 
 @pytest.fixture(scope="module")
 def expected() -> str:
-    """What the demo model says, by a usual start."""
-    with LLM() as llm:
-        params = SamplingParams(temperature=0, max_tokens=12)
-        return llm.generate([PROMPT], params, use_tqdm=False)[0].outputs[0].text
-
-
-def without_privilege() -> list[str]:
-    """Root may write anything, unless it gives that capability up."""
-    if os.geteuid() != 0:
-        return []
-    if shutil.which("setpriv") is None:
-        pytest.skip("root may write a read-only store, and setpriv is not here to take that right away")
-    return [str(shutil.which("setpriv")), "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
-
-
-def bare_start(home: Path, *options: str, prefix: Sequence[str] = (), **extra: str) -> subprocess.CompletedProcess[str]:
-    """``graphserve generate`` with an empty PATH and HOME."""
-    environment = {"HOME": str(home), "PATH": "/nowhere", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
-    command = [*prefix, sys.executable, "-c", _BLOCKED, "generate", "--prompt", PROMPT, "--max-tokens", "12", *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def freeze(folder: Path) -> Path:
-    """Take every right to write."""
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return usual_answer("cpu")
 
 
 def test_a_bundle_serves_in_a_bare_process_and_nothing_is_compiled(bundle: Path, expected: str, tmp_path: Path) -> None:
@@ -100,6 +53,24 @@ def test_a_read_only_store_serves_and_is_not_changed(bundle: Path, expected: str
     result = bare_start(tmp_path / "nowhere", *options, prefix=without_privilege())
     assert result.returncode == 0, result.stderr
     assert result.stdout == expected + "\n" and contents(store) == before
+
+
+def test_a_bundle_serves_another_user_in_another_folder_and_home(bundle: Path, expected: str) -> None:
+    prefix = as_other_user()
+    with tempfile.TemporaryDirectory(prefix="graphserve-home-") as folder:  # the other user may not enter tmp_path
+        home = Path(folder)
+        os.chown(home, OTHER_UID, OTHER_UID)
+        result = bare_start(home, "--compile-cache", str(bundle), "--strict-compile-cache", prefix=prefix, cwd=home)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == expected + "\n"
+        owners = {path.stat().st_uid for path in (home / ".cache" / "graphserve").rglob("manifest.json")}
+        assert owners == {OTHER_UID}, "the bundle was not unpacked by the other user"
+
+
+def test_a_bundle_names_neither_the_place_nor_the_user_that_made_it(bundle: Path, tmp_path: Path) -> None:
+    text = zstandard.ZstdDecompressor().stream_reader(bundle.read_bytes()).read()
+    names = ["made here", str(tmp_path.parent), os.path.expanduser("~") + "/", f"/{getpass.getuser()}/", os.getcwd()]
+    assert [name for name in names if name.encode() in text] == []
 
 
 def test_the_blocker_blocks_and_a_strict_start_says_what_is_missing(bundle: Path, tmp_path: Path) -> None:
