@@ -2,12 +2,19 @@
 
     python -m benchmarks.gpu_suite [--output benchmarks/results] [--minutes 9] [--skip tests,...]
 
-Sections, in order: environment; tests (``tests/gpu`` in several processes, then those that need the device alone);
-rates (read bandwidth and bf16 matrix rate of the device, to which the others are compared); kernels (GB/s or TFLOP/s
-beside the library call a user would pick); decode (whole captured steps of an 8B Llama shape with random weights).
-Times are medians of CUDA events; between repetitions a buffer larger than the L2 cache is overwritten. A section that
-fails is reported with its traceback and the rest still runs. With ``--output`` a file ``gpu_<device>_<date>.json`` is
-written there; the last stdout line is the same JSON document.
+Sections, in order:
+
+* environment
+* rates: read bandwidth and bf16 matrix rate of the device, to which the others are compared
+* kernels: GB/s or TFLOP/s beside the library call a user would pick
+* logits: three layers of the 8B Llama shape beside eager ``transformers``, all positions
+* memory: the memory plan of a 0.5B shape beside what the driver reports
+* captures, decode, gaps, sampling, nodes, prefill, timeline: whole steps of an 8B Llama shape with random weights
+* tests: ``tests/gpu`` in several processes, then those that need the device alone
+
+Times are medians of CUDA events. A section that fails is reported with its traceback and the rest still runs. With
+``--output`` a file ``gpu_<device>_<date>.json`` is written there, anew after each section; the last stdout line is the
+same JSON document. ``python -m benchmarks.plot_gpu`` draws it.
 """
 
 from __future__ import annotations
@@ -30,9 +37,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import gpu_step
 from benchmarks.gpu_decode import measure_decode
 from benchmarks.gpu_kernels import measure_kernels
-from benchmarks.gpu_timing import median_us
+from benchmarks.gpu_logits import measure_logits
+from benchmarks.gpu_model import GpuModel, load_model
+from benchmarks.gpu_rates import measure_rates
+from benchmarks.gpu_timeline import measure_timeline
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Compiling takes most of the tests' time. A process needs some 3 GB of memory.
@@ -73,12 +84,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_tests(deadline: Deadline, share: float = 0.65) -> dict[str, Any]:
-    """``tests/gpu`` dealt over processes; what was not finished in ``share`` of the time left counts as such.
+def run_tests(deadline: Deadline) -> dict[str, Any]:
+    """``tests/gpu`` dealt over processes; what was not finished in the time left counts as such.
 
-    A quarter of that time is kept for the tests that run alone, after the others.
+    A fifth of that time is kept for the tests that run alone, after the others.
     """
-    seconds = deadline.left() * share
+    seconds = deadline.left() - 5
     end = time.monotonic() + seconds
     collected = subprocess.run(
         [*_PYTEST, "--collect-only", "-q", "tests/gpu"], cwd=REPOSITORY, capture_output=True, text=True
@@ -90,7 +101,7 @@ def run_tests(deadline: Deadline, share: float = 0.65) -> dict[str, Any]:
     alone = [name for name in ids if name.startswith(ALONE)]
     # Every n-th test: neighbours share parameters and take about as long.
     parts = [part for i in range(TEST_PROCESSES) if (part := together[i::TEST_PROCESSES])]
-    runs = _run_together(parts, end - seconds / 4)
+    runs = _run_together(parts, end - seconds / 5)
     if alone:
         runs += _run_together([alone], end)
     outcomes = {name: word.lower() for run in runs for name, word in _OUTCOME.findall(run.output)}
@@ -144,28 +155,43 @@ def _run_together(parts: list[list[str]], end: float) -> list[TestRun]:
         ]
 
 
-def measure_rates() -> dict[str, float]:
-    """Rates of the device that torch reaches: reading and copying 8 GB, and a bf16 product."""
-    read, copy = _memory_rates(1 << 31)
-    torch.cuda.empty_cache()
-    return {"read_gb_s": round(read), "copy_gb_s": round(copy), "bf16_mm_tflop_s": round(_product_rate(8192), 1)}
+def measure_memory() -> dict[str, Any]:
+    """The memory plan of a 0.5B shape against what the driver reports, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory_plan", "--device", "cuda"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    if not lines:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
 
 
-def _memory_rates(num_floats: int) -> tuple[float, float]:
-    """GB/s of a sum, and of a copy with reads and writes counted."""
-    data = torch.ones(num_floats, dtype=torch.float32, device="cuda")
-    copied = torch.empty_like(data)
-    num_bytes = 4 * num_floats
-    read_us = median_us(lambda: torch.sum(data), repeats=10)
-    copy_us = median_us(lambda: copied.copy_(data), repeats=10)
-    return num_bytes / read_us / 1e3, 2 * num_bytes / copy_us / 1e3
+class SharedModel:
+    """The model of several sections: made by the first that needs it, unless that has failed already."""
 
+    def __init__(self) -> None:
+        self._model: GpuModel | None = None
+        self._has_failed = False
 
-def _product_rate(size: int) -> float:
-    """TFLOP/s of a square bf16 product."""
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    out = torch.empty_like(a)
-    return 2 * size**3 / median_us(lambda: torch.mm(a, b, out=out), repeats=20) / 1e6
+    def get(self) -> GpuModel:
+        """The model, loaded now if need be.
+
+        Raises:
+            RuntimeError: it could not be loaded for an earlier section.
+        """
+        if self._has_failed:
+            raise RuntimeError("the model could not be loaded: see the section before")
+        if self._model is None:
+            self._has_failed = True
+            self._model = load_model()
+            self._has_failed = False
+        return self._model
+
+    def close(self) -> None:
+        """Give its memory back."""
+        model, self._model = self._model, None
+        if model is not None:
+            model.close()
 
 
 def run_section(name: str, work: Callable[[], Any], deadline: Deadline, needs_s: float) -> dict[str, Any]:
@@ -190,7 +216,7 @@ def has_error(value: Any) -> bool:
 
 
 def file_name(document: dict[str, Any]) -> str:
-    device = document["environment"].get("result", {}).get("device", "unknown")
+    device = document.get("environment", {}).get("result", {}).get("device", "unknown")
     return f"gpu_{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}_{document['date']}.json"
 
 
@@ -205,21 +231,36 @@ def main() -> int:
         return 2
     deadline = Deadline(args.minutes)
     torch.set_float32_matmul_precision("highest")
+    model = SharedModel()
     sections: dict[str, tuple[Callable[[], Any], float]] = {
         "environment": (environment, 0),
-        "tests": (lambda: run_tests(deadline), 60),
         "rates": (measure_rates, 20),
-        "kernels": (lambda: measure_kernels(deadline.left), 45),
-        "decode": (lambda: measure_decode(deadline.left), 75),
+        "kernels": (lambda: measure_kernels(deadline.left, reserve_s=20), 45),
+        "logits": (lambda: measure_logits(torch.device("cuda")), 60),
+        "memory": (measure_memory, 60),
+        # First of those on the model: nothing of it has been captured yet.
+        "captures": (lambda: gpu_step.measure_captures(model.get()), 75),
+        "decode": (lambda: measure_decode(model.get(), deadline.left), 30),
+        "gaps": (lambda: gpu_step.measure_gaps(model.get()), 20),
+        "sampling": (lambda: gpu_step.measure_sampling(model.get()), 20),
+        "nodes": (lambda: gpu_step.measure_nodes(model.get()), 20),
+        "prefill": (lambda: gpu_step.measure_prefill(model.get()), 20),
+        "timeline": (lambda: measure_timeline(model.get()), 30),
+        "release": (model.close, 0),
+        "tests": (lambda: run_tests(deadline), 60),
     }
+    skipped = set(filter(None, args.skip.split(",")))
+    if unknown := skipped - set(sections):
+        parser.error(f"--skip has {', '.join(sorted(unknown))}: sections are {', '.join(sections)}")
     document: dict[str, Any] = {"benchmark": "gpu_suite", "date": time.strftime("%Y-%m-%d")}
+    document["command"] = "python -m benchmarks.gpu_suite " + " ".join(sys.argv[1:])
     for name, (work, needs_s) in sections.items():
-        if name not in args.skip.split(","):
+        if name not in skipped:
             document[name] = run_section(name, work, deadline, needs_s)
             torch.cuda.empty_cache()
-    if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / file_name(document)).write_text(json.dumps(document, indent=1) + "\n")
+            if args.output is not None:
+                args.output.mkdir(parents=True, exist_ok=True)
+                (args.output / file_name(document)).write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
     tests = document.get("tests", {}).get("result", {})
     return int(has_error(document) or bool(tests.get("failures")) or bool(tests.get("not_finished")))

@@ -1,0 +1,31 @@
+"""Rates of the device that torch reaches, to which others are compared."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.gpu_timing import median_us
+
+
+def measure_rates() -> dict[str, float]:
+    """Reading and copying 8 GB, and a bf16 product."""
+    read, copy = _memory_rates(1 << 31)
+    torch.cuda.empty_cache()
+    return {"read_gb_s": round(read), "copy_gb_s": round(copy), "bf16_mm_tflop_s": round(product_tflop_s(8192), 1)}
+
+
+def _memory_rates(num_floats: int) -> tuple[float, float]:
+    """GB/s of a sum, and of a copy with reads and writes counted."""
+    data = torch.ones(num_floats, dtype=torch.float32, device="cuda")
+    copied = torch.empty_like(data)
+    num_bytes = 4 * num_floats
+    read_us = median_us(lambda: torch.sum(data), repeats=10)
+    copy_us = median_us(lambda: copied.copy_(data), repeats=10)
+    return num_bytes / read_us / 1e3, 2 * num_bytes / copy_us / 1e3
+
+
+def product_tflop_s(size: int) -> float:
+    """TFLOP/s of a square bf16 product of random numbers."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / median_us(lambda: torch.mm(a, b, out=out), repeats=20) / 1e6
