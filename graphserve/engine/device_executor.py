@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Sequence
 
-from graphserve.engine.executor import StepSizes
+from graphserve.engine.executor import ExecutorStats, StepSizes
 from graphserve.errors import ConfigError
 from graphserve.plan.runner import StepSize
 from graphserve.plan.schema import CacheGroup
@@ -15,6 +17,8 @@ from graphserve.runtime.step_input import StepInput
 from graphserve.runtime.step_plan import Variant
 from graphserve.runtime.submitted_step import SubmittedStep
 from graphserve.runtime.weight_memory import WeightMemory
+
+logger = logging.getLogger(__name__)
 
 
 class DeviceExecutor:
@@ -39,7 +43,7 @@ class DeviceExecutor:
         self._record_ahead = record_ahead
         self._weights = weights
         self.max_in_flight = runner.max_in_flight
-        self.num_variant_steps: Mapping[str, int] = runner.num_variant_steps
+        self._last_stats = ExecutorStats()
         self.vocab_size = int(runner.plan.model["vocab_size"])
         self.cache_groups: Sequence[CacheGroup] = tuple(runner.plan.cache_groups)
         self.kv_bytes_per_token = kv_bytes_per_token(runner.plan)
@@ -53,11 +57,26 @@ class DeviceExecutor:
         buckets = CaptureBuckets(largest_step.num_lanes, self._decode_sizes)
         self._runner.allocate(num_blocks, block_size, largest, largest_step.num_lanes, buckets)
         if self._record_ahead:
+            begin = time.perf_counter()
             self._runner.record((StepSize((n, n, n)) for n in buckets.decode_sizes), self._record_ahead)
+            stats = self.stats()
+            logger.info(
+                "captured %d decode steps of up to %d sequences in %.1f s: %.2f GB",
+                stats.num_graphs, max(buckets.decode_sizes, default=0), time.perf_counter() - begin,
+                stats.graph_bytes / 1e9,
+            )  # fmt: skip
 
     def submit(self, step_input: StepInput) -> SubmittedStep:
         assert self._runner is not None, "the executor is closed"
         return self._runner.submit(step_input)
+
+    def stats(self) -> ExecutorStats:
+        runner = self._runner
+        if runner is None:
+            return self._last_stats
+        return ExecutorStats(
+            dict(runner.num_variant_steps), runner.num_eager_steps, runner.num_graphs, runner.graph_bytes
+        )
 
     def sleep(self, level: int) -> None:
         assert self._runner is not None and self._runner.is_idle, "the executor is closed, or a step on its way"
@@ -74,6 +93,7 @@ class DeviceExecutor:
         self._runner.kv_cache.map()
 
     def close(self) -> None:
+        self._last_stats = self.stats()
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()

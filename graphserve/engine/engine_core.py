@@ -26,7 +26,9 @@ class EngineCoreStats(msgspec.Struct):
     """A snapshot. ``*_total`` only grow; ``last_step_s`` is in seconds.
 
     ``num_sync_steps_total`` counts the steps that waited for the end of the one before, because a row's sampling reads
-    its tokens or because blocks lacked; ``num_variant_steps_total`` the steps by variant of the captured step.
+    its tokens or because blocks lacked; ``num_variant_steps_total`` the steps by variant of the captured step;
+    ``num_eager_steps_total`` those of them that no captured graph fitted. ``num_graphs`` graphs are captured and take
+    ``graph_bytes`` of the device's memory.
     """
 
     num_running: int = 0
@@ -39,6 +41,9 @@ class EngineCoreStats(msgspec.Struct):
     num_steps_total: int = 0
     num_sync_steps_total: int = 0
     num_variant_steps_total: dict[str, int] = {}
+    num_eager_steps_total: int = 0
+    num_graphs: int = 0
+    graph_bytes: int = 0
     num_padding_tokens_total: int = 0
     last_step_s: float = 0.0
 
@@ -151,13 +156,17 @@ class EngineCore:
 
     def stats(self) -> EngineCoreStats:
         """The numbers of now."""
+        executor = self._executor.stats()
         return msgspec.structs.replace(
             self._stats,
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             num_blocks_in_use=self._pool.num_in_use,
             num_preemptions_total=self.scheduler.num_preemptions,
-            num_variant_steps_total=dict(self._executor.num_variant_steps),
+            num_variant_steps_total=executor.num_variant_steps,
+            num_eager_steps_total=executor.num_eager_steps,
+            num_graphs=executor.num_graphs,
+            graph_bytes=executor.graph_bytes,
         )
 
     def sleep(self, level: int) -> None:

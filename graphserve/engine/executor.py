@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -21,6 +21,21 @@ class StepSizes(msgspec.Struct, frozen=True):
     num_lanes: int
 
 
+class ExecutorStats(msgspec.Struct, frozen=True):
+    """What an executor has done so far, and what its captures take.
+
+    Attributes:
+        num_variant_steps: steps by variant of the captured step; empty if there are no variants.
+        num_eager_steps: those of them that were launched one launch after the other, not replayed.
+        num_graphs: recordings of steps; graph_bytes: device memory that they took.
+    """
+
+    num_variant_steps: dict[str, int] = {}
+    num_eager_steps: int = 0
+    num_graphs: int = 0
+    graph_bytes: int = 0
+
+
 class StepHandle(Protocol):
     """A step that was submitted."""
 
@@ -36,14 +51,12 @@ class Executor(Protocol):
         cache_groups: the plan's groups, in the order of ``StepInput.block_tables``.
         kv_bytes_per_token: KV cache bytes of one token place of a block, over all pool tensors.
         max_in_flight: how many steps may be submitted before the result of the first is taken; 1 is synchronous.
-        num_variant_steps: steps so far by variant of the captured step; empty if there are no variants.
     """
 
     vocab_size: int
     cache_groups: Sequence[CacheGroup]
     kv_bytes_per_token: int
     max_in_flight: int
-    num_variant_steps: Mapping[str, int]
 
     def buckets(self, max_num_seqs: int) -> Buckets:
         """The sizes that steps of up to ``max_num_seqs`` sequences are padded to."""
@@ -56,6 +69,9 @@ class Executor(Protocol):
 
         An exception, here or from the handle, ends the engine: the KV cache may be half written.
         """
+
+    def stats(self) -> ExecutorStats:
+        """The numbers of now; those of the end once it is closed."""
 
     def sleep(self, level: int) -> None:
         """Give the memory of KV pool and weights back; no step may be on its way.

@@ -82,6 +82,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_steps_total: int = 0
     num_sync_steps_total: int = 0
     num_variant_steps_total: dict[str, int] = {}
+    num_eager_steps_total: int = 0
+    num_graphs: int = 0
+    graph_bytes: int = 0
 
     def plus_counters(self, other: EngineStats) -> EngineStats:
         """The sums of both sides' counters, with gauges at zero."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 import numpy as np
 import torch
 
-from graphserve.engine.executor import StepSizes
+from graphserve.engine.executor import ExecutorStats, StepSizes
 from graphserve.plan.schema import CacheGroup, Plan
 from graphserve.runtime.buckets import Buckets
 from graphserve.runtime.kv_pool_size import kv_bytes_per_token
@@ -55,7 +55,6 @@ class ModelExecutor:
     """
 
     max_in_flight = 1
-    num_variant_steps: Mapping[str, int] = {}
 
     def __init__(self, runner: Runner) -> None:
         self._runner: Runner | None = runner
@@ -85,6 +84,9 @@ class ModelExecutor:
         lanes = step_input.row_lanes[: len(output.token_ids)]
         self._last_tokens[lanes] = [0 if token_id == INVALID_TOKEN else token_id for token_id in output.token_ids]
         return FinishedStep(output)
+
+    def stats(self) -> ExecutorStats:
+        return ExecutorStats()
 
     def sleep(self, level: int) -> None:
         assert self._runner is not None, "the executor is closed"

@@ -155,6 +155,16 @@ class DeviceRunner:
         return self._inputs.num_bytes + self._last_tokens.nbytes + self._programs.arena_bytes
 
     @property
+    def num_graphs(self) -> int:
+        """Recordings of steps or of their parts."""
+        return 0 if self._programs is None else self._programs.num_graphs
+
+    @property
+    def graph_bytes(self) -> int:
+        """Device memory that recordings took, measured with everything else in place."""
+        return 0 if self._programs is None else self._programs.graph_bytes
+
+    @property
     def is_idle(self) -> bool:
         """Whether no step is on its way."""
         return all(submitted is None or submitted.is_taken for submitted in self._submitted)

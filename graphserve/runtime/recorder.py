@@ -57,6 +57,7 @@ class Recorder:
         self._scalars = scalars
         self._kernels = kernels
         self._recorded: dict[GraphKey, _Recorded] = {}
+        self.num_bytes = 0
 
     def __contains__(self, key: GraphKey) -> bool:
         return key in self._recorded

@@ -35,7 +35,15 @@ class Recording(NamedTuple):
 
 
 class StepGraphs(Protocol):
-    """Recorded steps by key. Inputs of a recording must hold a step without effect: dead lanes, null slots."""
+    """Recorded steps by key. Inputs of a recording must hold a step without effect: dead lanes, null slots.
+
+    Attributes:
+        num_bytes: device memory that recordings took.
+    """
+
+    num_bytes: int
+
+    def __len__(self) -> int: ...
 
     def __contains__(self, key: GraphKey) -> bool: ...
 

@@ -139,6 +139,16 @@ class StepPrograms:
         """Device memory of the buffers."""
         return self._arena.memory.numel()
 
+    @property
+    def num_graphs(self) -> int:
+        """Recordings so far; a split step has two."""
+        return 0 if self._graphs is None else len(self._graphs)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Device memory that recordings took."""
+        return 0 if self._graphs is None else self._graphs.num_bytes
+
     def bound(self, variant: Variant, size: StepSize) -> BoundPlan:
         """The launches of a step, as they are recorded or launched eagerly. They read the inputs written last."""
         return self._programs[variant].bound(size)

@@ -120,6 +120,8 @@ class _EngineCollector(Collector):
         usage = stats.num_blocks_in_use / max(stats.num_blocks - 1, 1)  # block 0 is reserved
         yield _gauge("kv_cache_usage_perc", "Share of KV-cache blocks in use, 1 is all", model, usage)
         yield _gauge("kv_cache_blocks_in_use", "KV-cache blocks in use", model, stats.num_blocks_in_use)
+        yield _gauge("captured_graphs", "Captured steps", model, stats.num_graphs)
+        yield _gauge("captured_graph_bytes", "Device memory that captured steps took", model, stats.graph_bytes)
         for name, help_text, field in _ENGINE_COUNTERS:
             family = CounterMetricFamily(f"graphserve:{name}", help_text, labels=["model_name"])
             family.add_metric([model], getattr(totals, field))
@@ -140,6 +142,7 @@ _ENGINE_COUNTERS = (
     ("prompt_tokens", "Prompt tokens processed", "prompt_tokens_total"),
     ("generation_tokens", "Tokens generated", "generation_tokens_total"),
     ("engine_steps", "Steps executed", "num_steps_total"),
+    ("engine_eager_steps", "Steps that no captured one fitted, launched one by one", "num_eager_steps_total"),
     ("engine_sync_steps", "Steps that had to wait for the end of the step before", "num_sync_steps_total"),
 )
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from graphserve.engine import model_executor
-from graphserve.engine.executor import Executor, StepSizes
+from graphserve.engine.executor import Executor, ExecutorStats, StepSizes
 from graphserve.engine.kv_cache_manager import first_visible_token
 from graphserve.engine.model_executor import ModelExecutor
 from graphserve.engine.request import Request
@@ -56,7 +56,6 @@ class FakeStream:
     """
 
     max_in_flight = 2
-    num_variant_steps: Mapping[str, int] = {}
 
     def __init__(self, executor: Executor, rng: random.Random) -> None:
         self.vocab_size = executor.vocab_size
@@ -103,6 +102,9 @@ class FakeStream:
         while step in self._queue:
             self._queue.popleft().run(self._executor)
         self.pass_time()
+
+    def stats(self) -> ExecutorStats:
+        return self._executor.stats()
 
     def close(self) -> None:
         while self._queue:

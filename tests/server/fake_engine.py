@@ -86,6 +86,8 @@ class EchoEngine:
             num_steps_total=self._num_steps,
             num_sync_steps_total=1,
             num_variant_steps_total={"greedy": self._num_steps} if self._num_steps else {},
+            num_eager_steps_total=2,
+            num_graphs=70,
         )
 
     def close(self) -> None:

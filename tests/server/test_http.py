@@ -202,6 +202,8 @@ def test_metrics_count_requests_tokens_and_reasons(start_server: Any) -> None:
         assert counted.metric("graphserve:engine_steps_total") == 12
         assert counted.metric("graphserve:engine_variant_steps_total") == 12
         assert counted.metric("graphserve:engine_sync_steps_total") == 1
+        assert counted.metric("graphserve:engine_eager_steps_total") == 2
+        assert counted.metric("graphserve:captured_graphs") == 70
         _, text, _ = counted.request("GET", "/metrics")
         assert 'variant="greedy"' in text.decode()
 
