@@ -6,9 +6,9 @@
 
 On a CPU one process compiles the model into a cache. Another one loads it, touches every block of the KV pool, runs the
 largest step that its limits allow, and compares what it has taken since before loading with the plan's sum. On a CPU
-that is its private memory, and they may differ by 5 % or 32 MB; on a GPU the memory that the driver reports as no longer
-free, and they may differ by 3 %. No other process may use the GPU meanwhile. The last line of stdout is JSON;
-exit code 1 when they differ by more.
+that is its private memory, and they may differ by 5 % or 32 MB; on a GPU what the driver reports as no longer free, and
+they may differ by 3 %. No other process may use the GPU meanwhile. The last line of stdout is JSON; exit code 1 when
+they differ by more.
 """
 
 from __future__ import annotations
