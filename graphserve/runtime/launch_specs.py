@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -61,13 +62,18 @@ def tensor_names(launch: Launch) -> list[str]:
     if op_name(launch) == "gather_rows":
         names = [value_name(launch.args[0]), value_name(launch.args[2])]
     else:
-        arguments = resolve_op(launch.op)._schema.arguments  # type: ignore[attr-defined]
         names = []
-        for i, argument in enumerate(arguments):
-            given = launch.args[i] if i < len(launch.args) else launch.kwargs.get(argument.name)
-            if "Tensor" in str(argument.type):
-                names += [value_name(item) for item in (given if isinstance(given, (list, tuple)) else [given])]
+        for i, argument in _tensor_arguments(launch.op):
+            given = launch.args[i] if i < len(launch.args) else launch.kwargs.get(argument)
+            names += [value_name(item) for item in (given if isinstance(given, (list, tuple)) else [given])]
     return names + [name for name in launch.outputs if name is not None]
+
+
+@functools.cache
+def _tensor_arguments(op: str) -> list[tuple[int, str]]:
+    """Place and name of each argument of an op that is a tensor, or several. Every bound launch asks for them."""
+    arguments = resolve_op(op)._schema.arguments  # type: ignore[attr-defined]
+    return [(i, argument.name) for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
 
 
 def value_specs(plan: Plan, kv_cache: KVCache) -> dict[str, ArgSpec]:

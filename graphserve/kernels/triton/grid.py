@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Callable, Mapping
 
@@ -30,17 +31,22 @@ def evaluate(expression: Dim, scalars: Mapping[str, int]) -> int:
     """
     if isinstance(expression, int):
         return expression
-    try:
-        tree = ast.parse(expression, mode="eval").body
-    except SyntaxError as error:
-        raise ValueError(f"{expression!r} is not an expression") from error
-    return _value(tree, scalars, expression)
+    return _value(_parse(expression), scalars, expression)
 
 
 def grid_size(grid: tuple[Dim, Dim, Dim], scalars: Mapping[str, int]) -> tuple[int, int, int]:
     """The three dimensions of a launch grid for one step."""
     x, y, z = (evaluate(axis, scalars) for axis in grid)
     return x, y, z
+
+
+@functools.cache
+def _parse(expression: str) -> ast.expr:
+    """The same few expressions are evaluated for every launch of every step size."""
+    try:
+        return ast.parse(expression, mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"{expression!r} is not an expression") from error
 
 
 def _value(node: ast.expr, scalars: Mapping[str, int], text: str) -> int:
