@@ -9,6 +9,8 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -87,6 +89,7 @@ class AsyncLLM:
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._streams_lock = threading.Lock()
+        self._calls: set[Future[None]] = set()  # of the engine thread's work that somebody awaits
         self._dead: EngineDeadError | None = None
         self._thread = threading.Thread(target=self._run, name="graphserve engine", daemon=True)
         self._thread.start()
@@ -165,6 +168,55 @@ class AsyncLLM:
         if stream is not None:
             stream.fail(RequestError(f"request {request_id} was aborted"))
 
+    async def sleep(self, level: int = 1) -> None:
+        """Give the memory of weights and KV cache back until :meth:`wake_up`. See :meth:`LLMEngine.sleep`.
+
+        Raises:
+            RequestError: a request has not ended.
+            ConfigError: the level is not 1 or 2, or level 2 and the weights cannot be read again.
+            EngineDeadError: the engine has stopped.
+        """
+        await self._in_engine(lambda engine: engine.sleep(level))
+
+    async def wake_up(self) -> None:
+        """Take memory and weights back. See :meth:`LLMEngine.wake_up`.
+
+        Raises:
+            DeviceError: the device has not enough free memory now; the engine sleeps on.
+            CheckpointError: after level 2, the checkpoint cannot be read any more; the engine sleeps on.
+            EngineDeadError: the engine has stopped.
+        """
+        await self._in_engine(lambda engine: engine.wake_up())
+
+    async def is_sleeping(self) -> bool:
+        """Whether the model sleeps; requests are then refused."""
+        return self._engine.is_sleeping()
+
+    async def _in_engine(self, command: _Command) -> None:
+        """Do something in the engine's thread, between two steps; its errors are the caller's and not the engine's."""
+        done: Future[None] = Future()
+
+        def run(engine: LLMEngine) -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                command(engine)
+            except GraphserveError as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        with self._streams_lock:
+            if self._dead is not None:
+                raise self._dead
+            self._calls.add(done)
+        try:
+            self._commands.put(run)
+            await asyncio.wrap_future(done)
+        finally:
+            with self._streams_lock:
+                self._calls.discard(done)
+
     def close(self) -> None:
         """Stop the thread and give all memory back. Running requests get :class:`EngineDeadError`."""
         self._commands.put(None)
@@ -192,9 +244,12 @@ class AsyncLLM:
             death.__cause__ = error
         with self._streams_lock:
             self._dead = death
-            streams = list(self._streams.values())
+            streams, calls = list(self._streams.values()), list(self._calls)
         for stream in streams:
             stream.fail(death)
+        for call in calls:
+            with suppress(InvalidStateError):  # it has ended, or nobody waits any more
+                call.set_exception(death)
         self._engine.close()
 
     def _take_commands(self) -> bool:

@@ -5,7 +5,7 @@ from engine.fake_engine import EOS, fake_llm_engine
 from engine.fake_model import FULL, FakeRunner, generate_alone
 
 from graphserve import AsyncLLM, SamplingParams
-from graphserve.errors import EngineDeadError, RequestError
+from graphserve.errors import ConfigError, EngineDeadError, RequestError
 from graphserve.sampling_params import RequestOutputKind
 
 WAIT_S = 30
@@ -182,3 +182,87 @@ def test_requests_without_a_seed_are_reproducible():
 
     first = run(scenario)
     assert first == run(scenario) and len({tuple(tokens) for tokens in first}) == 4
+
+
+class SleepyRunner(FakeRunner):
+    """Counts its sleeps; ``sleep_error`` is raised by the next one."""
+
+    def __init__(self, sleep_error=None):
+        super().__init__()
+        self.levels, self.sleep_error = [], sleep_error
+
+    def sleep(self, level):
+        error, self.sleep_error = self.sleep_error, None
+        if error is not None:
+            raise error
+        self.levels.append(level)
+
+    def wake_up(self):
+        self.levels.append("awake")
+
+
+def test_a_sleeping_model_refuses_requests_until_it_wakes_up():
+    runner = SleepyRunner()
+
+    async def scenario(llm):
+        before = await last_tokens(llm, "a b", params())
+        await llm.sleep(level=2)
+        await llm.sleep(level=2)
+        assert await llm.is_sleeping()
+        with pytest.raises(RequestError, match="the engine sleeps"):
+            await last_tokens(llm, "a b", params())
+        await llm.wake_up()
+        assert not await llm.is_sleeping()
+        assert await last_tokens(llm, "a b", params()) == before
+
+    run(scenario, runner=runner)
+    assert runner.levels == [2, "awake"]
+
+
+def test_sleep_is_refused_while_a_request_runs_and_the_request_goes_on():
+    async def scenario(llm):
+        stream = llm.generate("a b", params(40, ignore_eos=True))
+        await anext(stream)
+        with pytest.raises(RequestError, match="1 requests have not ended"):
+            await llm.sleep()
+        with pytest.raises(ConfigError, match="level=3"):
+            await llm.sleep(level=3)
+        async for output in stream:
+            last = output
+        return len(last.outputs[0].token_ids)
+
+    assert run(scenario, runner=SleepyRunner()) == 40
+
+
+def test_an_engine_that_cannot_sleep_as_asked_says_so_and_stays_awake():
+    async def scenario(llm):
+        with pytest.raises(ConfigError, match="cannot be read again"):
+            await llm.sleep(level=2)
+        assert not await llm.is_sleeping()
+        await llm.sleep()
+
+    run(scenario, runner=SleepyRunner(ConfigError("the weights cannot be read again")))
+
+
+def test_a_sleep_that_breaks_the_engine_ends_it_for_everybody():
+    async def scenario(llm):
+        results = await asyncio.gather(llm.sleep(), llm.wake_up(), return_exceptions=True)
+        with pytest.raises(EngineDeadError, match="out of order"):
+            await llm.wake_up()
+        return results
+
+    results = run(scenario, runner=SleepyRunner(OSError("out of order")))
+    assert all(isinstance(result, EngineDeadError) for result in results)
+
+
+def test_a_caller_who_no_longer_waits_for_sleep_does_no_harm():
+    async def scenario(llm):
+        task = asyncio.create_task(llm.sleep())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await llm.wake_up()
+        return await last_tokens(llm, "a b", params())
+
+    assert run(scenario, runner=SleepyRunner()) == expected([0, 2, 3])
