@@ -47,7 +47,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         block_size: tokens in one KV block.
         num_gpu_blocks_override: exact number of KV blocks (on any device), None to size the pool by memory.
         kv_cache_memory_bytes: memory of the KV pool, None for a share of what is free.
-        gpu_memory_utilization: share of the GPU's memory that the engine may use in all.
+        gpu_memory_utilization: share of the GPU's memory that this engine may take in all, and that has to be free. Of
+            no effect where the KV pool's size is set.
         enforce_eager: no padding of steps to bucket sizes (and no captured graphs).
         cudagraph_capture_sizes: requests of the decode steps that a GPU captures as graphs, None for 1, 2, 4, 8, then
             steps of 8 up to 256; those above ``max_num_seqs`` are left out.

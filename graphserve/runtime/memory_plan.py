@@ -51,7 +51,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     """All sizes in bytes.
 
     Attributes:
-        budget_bytes: what the engine may take in all.
+        budget_bytes: what the engine may take in all; what is free where the user set the KV pool's size.
         weight_bytes: weights as they lie in memory, position tables included.
         workspace_bytes: buffers and inputs of the largest step, and the sampler's temporaries.
         graph_bytes: kept for captured graphs.
@@ -108,18 +108,19 @@ def plan_memory(plan: Plan, config: EngineConfig, free_bytes: int, device_bytes:
         device_bytes: all of a GPU's memory; None on a CPU.
 
     Raises:
-        ConfigError: the weights and buffers alone need more than there is, or the KV pool does not hold one request of
-            the ``max_model_len`` that the user set.
+        ConfigError: the share of the GPU's memory is not free, the weights and buffers alone need more than it, or the
+            KV pool does not hold one request of the ``max_model_len`` that the user set.
     """
     longest = int(plan.model["max_model_len"])
     buffers = workspace_bytes if device_bytes is None else device_workspace_bytes
     weights, workspace = weight_bytes(plan), buffers(plan, config, longest)
     graphs = GRAPH_BYTES if device_bytes is not None and not config.enforce_eager else 0
+    is_pool_given = config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None
     budget = free_bytes
-    if device_bytes is not None:
-        budget = max(0, int(device_bytes * config.gpu_memory_utilization) - (device_bytes - free_bytes))
+    if device_bytes is not None and not is_pool_given:
+        budget = _share_of_device(config.gpu_memory_utilization, free_bytes, device_bytes)
     left = budget - weights - workspace - graphs
-    if left <= 0 and config.num_gpu_blocks_override is None and config.kv_cache_memory_bytes is None:
+    if left <= 0 and not is_pool_given:
         raise ConfigError(
             f"the model does not fit: weights {_gb(weights)}, buffers {_gb(workspace)} and graphs {_gb(graphs)} leave "
             f"nothing of {_gb(budget)} for the KV cache. Free memory, take a smaller or quantized model, lower "
@@ -142,6 +143,18 @@ def plan_memory(plan: Plan, config: EngineConfig, free_bytes: int, device_bytes:
     return MemoryPlan(
         budget, weights, workspace, graphs, requirements.block_bytes, num_blocks, longest, groups
     )  # fmt: skip
+
+
+def _share_of_device(share: float, free_bytes: int, device_bytes: int) -> int:
+    """What this engine may take, whatever others have taken: as in vLLM a share of the whole memory, which is free."""
+    budget = int(device_bytes * share)
+    if budget > free_bytes:
+        raise ConfigError(
+            f"gpu_memory_utilization={share:g} of {_gb(device_bytes)} is {_gb(budget)}, but only {_gb(free_bytes)} are "
+            f"free: stop other programs on this GPU, lower it to {max(0.0, free_bytes / device_bytes - 0.005):.2f}, or "
+            "set kv_cache_memory_bytes"
+        )
+    return budget
 
 
 def fit_max_model_len(requirements: KVPoolRequirements, pool_bytes: int) -> int:

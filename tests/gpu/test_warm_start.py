@@ -32,6 +32,7 @@ def test_a_read_only_store_serves_without_compiler_and_home(bundle: Path, tmp_pa
     import_bundle(bundle, ArtifactStore(store))
     before = contents(freeze(store))
     options = ("--device", "cuda", "--compile-cache", str(store), "--strict-compile-cache")
+    options += ("--gpu-memory-utilization", "0.1")
     result = bare_start(tmp_path / "nowhere", *options, prefix=without_privilege())
     assert result.returncode == 0, result.stderr
     assert result.stdout == usual_answer("cuda") + "\n" and contents(store) == before

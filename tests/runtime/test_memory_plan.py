@@ -40,13 +40,23 @@ def test_weights_and_pool_are_what_a_runner_then_holds() -> None:
     assert planned.kv_bytes == pool.num_bytes
 
 
-def test_a_gpu_gives_its_share_less_what_others_use(plan: Plan) -> None:
+def test_a_gpu_gives_its_share_whatever_others_use(plan: Plan) -> None:
     options = {"gpu_memory_utilization": 0.5, "max_num_seqs": 256}
     planned = plan_memory(plan, config(**options), free_bytes=7 * GIB, device_bytes=8 * GIB)
-    assert planned.budget_bytes == 3 * GIB and planned.graph_bytes == GRAPH_BYTES
+    assert planned.budget_bytes == 4 * GIB and planned.graph_bytes == GRAPH_BYTES
     assert planned.total_bytes <= planned.budget_bytes
     eager = plan_memory(plan, config(enforce_eager=True, **options), 7 * GIB, 8 * GIB)
     assert eager.graph_bytes == 0
+
+
+def test_a_share_of_the_gpu_that_is_not_free_is_refused_unless_the_pool_is_set(plan: Plan) -> None:
+    with pytest.raises(
+        ConfigError, match=r"=0.92 of 8.59 GB is 7.90 GB, but only 6.44 GB are free: .* lower it to 0.7"
+    ):
+        plan_memory(plan, config(), free_bytes=6 * GIB, device_bytes=8 * GIB)
+    planned = plan_memory(plan, config(kv_cache_memory_bytes=1 << 30), free_bytes=6 * GIB, device_bytes=8 * GIB)
+    assert planned.budget_bytes == 6 * GIB and planned.kv_bytes <= 1 << 30
+    assert plan_memory(plan, config(num_gpu_blocks_override=9), 6 * GIB, 8 * GIB).num_blocks == 9
 
 
 def test_what_the_user_sets_is_taken_as_it_is(plan: Plan) -> None:
