@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
+import transformers
 
-from benchmarks.plan_build import llama_config
+from benchmarks.embedded_demo import demo_config, embedded_eps
 from graphserve.artifacts import open_store
 from graphserve.compiler.build import build_plan
 from graphserve.compiler.capture import register_interfaces
@@ -26,11 +28,14 @@ from graphserve.runtime.model_runner import ModelRunner
 from graphserve.runtime.step_graphs import GraphKey
 from graphserve.runtime.step_input import CARRIED, SamplingInput, StepInput, sampling_keys
 from graphserve.runtime.step_lowering import TritonLowering
+from graphserve.runtime.weight_memory import NO_COPY
 
 LAYERS, BLOCK_SIZE, MAX_MODEL_LEN = 32, 16, 4352
 MAX_SEQS, MAX_TOKENS = 256, 8192  # of a step
 KV_SHARE = 0.85  # of the memory that is free once the weights are loaded
 NO_END = 1 << 20  # tokens left: no request ends
+
+ParameterStream = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
 class TimedGraphs(CudaGraphs):
@@ -64,8 +69,10 @@ class GpuModel:
             captured when they are first needed.
         weight_bytes: of all weights.
         seconds: what making it took, by phase.
+        reload: other weights at the same addresses, which captured graphs read.
     """
 
+    config: transformers.PretrainedConfig
     plan: Plan
     runner: DeviceRunner
     stream: torch.cuda.Stream
@@ -74,20 +81,38 @@ class GpuModel:
     bytes_per_block: int
     weight_bytes: int
     seconds: dict[str, float]
+    reload: Callable[[ParameterStream], None]
     close: Callable[[], None]
+
+
+def model_config(layers: int = LAYERS) -> transformers.PretrainedConfig:
+    """The shape of Llama-3.1-8B, with the rotary base and epsilon of the demo model, which can be embedded in it."""
+    return transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=MAX_MODEL_LEN,
+        rms_norm_eps=embedded_eps(4096),
+        rope_parameters=demo_config().rope_parameters,
+    )
 
 
 def load_model(layers: int = LAYERS) -> GpuModel:
     """Build, lower and allocate the model; takes most of the device's memory."""
     clock = _Phases()
     register_interfaces()
-    meta = build_meta_model(llama_config(layers), torch.bfloat16)
+    config = model_config(layers)
+    meta = build_meta_model(config, torch.bfloat16)
     bake_rope(meta, MAX_MODEL_LEN)
     shapes = {name: parameter.shape for name, parameter in meta.named_parameters()}
     built = build_plan(meta, MAX_MODEL_LEN, non_persistent_buffers(meta))
     clock.end("build plan")
     device = torch.device("cuda")
-    model_runner = ModelRunner(built.plan, weights_on_device(shapes), built.constants, device=device)
+    sources: list[ParameterStream] = [lambda: weights_on_device(shapes)]
+    model_runner = ModelRunner(built.plan, lambda: sources[-1](), built.constants, device=device)
     torch.cuda.synchronize()
     clock.end("make weights")
     spec = built.plan.cache_layers[0]
@@ -115,6 +140,11 @@ def load_model(layers: int = LAYERS) -> GpuModel:
     torch.cuda.synchronize()
     clock.end("compile kernels and fill the cache")
 
+    def reload(source: ParameterStream) -> None:
+        sources.append(source)
+        model_runner.weight_memory.sleep(NO_COPY)
+        model_runner.weight_memory.wake_up()
+
     def close() -> None:
         runner.close()
         model_runner.close()
@@ -122,7 +152,17 @@ def load_model(layers: int = LAYERS) -> GpuModel:
         torch.cuda.empty_cache()
 
     return GpuModel(
-        built.plan, runner, stream, graphs, num_blocks, bytes_per_block, model_runner.weight_bytes, clock.seconds, close
+        config,
+        built.plan,
+        runner,
+        stream,
+        graphs,
+        num_blocks,
+        bytes_per_block,
+        model_runner.weight_bytes,
+        clock.seconds,
+        reload,
+        close,
     )
 
 
@@ -146,8 +186,7 @@ def weights_on_device(shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torc
 
 
 def decode_step(batch: int, context: int, num_blocks: int, sampling: SamplingInput | None = None) -> StepInput:
-    """One step of ``batch`` sequences at the end of ``context`` tokens, greedy by default. Its tokens are those that
-    the step before sampled.
+    """One step of ``batch`` sequences at the end of ``context`` tokens, greedy by default.
 
     Where the pool is smaller than all contexts together, later sequences read earlier ones' blocks again.
     """
@@ -156,14 +195,27 @@ def decode_step(batch: int, context: int, num_blocks: int, sampling: SamplingInp
     table = (wanted % (num_blocks - 1) + 1).astype(np.int32)
     # The new token of each sequence has a block of its own, so that no two write to one place.
     table[:, -1] = np.arange(1, batch + 1)
+    return carried_step(table, np.full(batch, context - 1, np.int64), sampling)
+
+
+def carried_step(
+    table: npt.NDArray[np.int32], positions: npt.NDArray[np.int64], sampling: SamplingInput | None = None
+) -> StepInput:
+    """One more token for each sequence, after those that the step before sampled for the same lanes.
+
+    Args:
+        table: blocks of each sequence, ``[batch, blocks]``.
+        positions: of the tokens that are carried, ``[batch]``.
+    """
+    batch = len(positions)
     lanes = np.arange(batch, dtype=np.int32)
     return StepInput(
         input_ids=np.full(batch, CARRIED, np.int64),
-        positions=np.full(batch, context - 1, np.int64),
+        positions=positions,
         query_start_loc=np.arange(batch + 1, dtype=np.int32),
-        seq_lens=np.full(batch, context, dtype=np.int32),
+        seq_lens=(positions + 1).astype(np.int32),
         block_tables=[table],
-        slot_mappings=[table[:, -1].astype(np.int64) * BLOCK_SIZE + (context - 1) % BLOCK_SIZE],
+        slot_mappings=[_slots(table, lanes, positions)],
         logits_indices=np.arange(batch, dtype=np.int64),
         token_lanes=lanes,
         row_lanes=lanes,
@@ -181,26 +233,44 @@ def distinct_share(batch: int, context: int, num_blocks: int) -> float:
 
 def prefill_step(prompts: int, length: int) -> StepInput:
     """One greedy step of whole prompts of random tokens; each samples its first token."""
-    per_seq = -(-length // BLOCK_SIZE)
-    table = np.arange(1, prompts * per_seq + 1, dtype=np.int32).reshape(prompts, per_seq)
-    places = np.arange(length)
-    slots = table[:, places // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + places % BLOCK_SIZE
-    num_tokens = prompts * length
+    tokens = np.random.default_rng(0).integers(10, 100_000, (prompts, length))
+    return prompt_step(tokens.tolist(), block_table(prompts, length))
+
+
+def prompt_step(prompts: Sequence[Sequence[int]], table: npt.NDArray[np.int32]) -> StepInput:
+    """One greedy step of whole prompts; the first token of each is sampled for the lane of its number."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    rows = np.repeat(np.arange(len(prompts)), lengths)
+    positions = np.concatenate([np.arange(length) for length in lengths]).astype(np.int64)
+    ends = np.cumsum(lengths)
     return StepInput(
-        input_ids=np.random.default_rng(0).integers(10, 100_000, num_tokens),
-        positions=np.tile(places, prompts).astype(np.int64),
-        query_start_loc=np.arange(0, num_tokens + 1, length, dtype=np.int32),
-        seq_lens=np.full(prompts, length, dtype=np.int32),
+        input_ids=np.concatenate([np.array(prompt, np.int64) for prompt in prompts]),
+        positions=positions,
+        query_start_loc=np.concatenate([[0], ends]).astype(np.int32),
+        seq_lens=lengths.astype(np.int32),
         block_tables=[table],
-        slot_mappings=[slots.reshape(-1)],
-        logits_indices=np.arange(length - 1, num_tokens, length, dtype=np.int64),
-        token_lanes=np.full(num_tokens, MAX_SEQS, np.int32),
-        row_lanes=np.arange(prompts, dtype=np.int32),
-        sampling=_endless(SamplingInput(prompts)),
-        num_tokens=num_tokens,
-        num_sequences=prompts,
-        num_logits_rows=prompts,
+        slot_mappings=[_slots(table, rows, positions)],
+        logits_indices=(ends - 1).astype(np.int64),
+        token_lanes=np.full(len(positions), MAX_SEQS, np.int32),
+        row_lanes=np.arange(len(prompts), dtype=np.int32),
+        sampling=_endless(SamplingInput(len(prompts))),
+        num_tokens=len(positions),
+        num_sequences=len(prompts),
+        num_logits_rows=len(prompts),
     )
+
+
+def block_table(batch: int, length: int) -> npt.NDArray[np.int32]:
+    """Blocks of their own for sequences of a length, ``[batch, blocks]``."""
+    per_seq = -(-length // BLOCK_SIZE)
+    return np.arange(1, batch * per_seq + 1, dtype=np.int32).reshape(batch, per_seq)
+
+
+def _slots(
+    table: npt.NDArray[np.int32], rows: npt.NDArray[Any], positions: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Where the keys and values of tokens go, given each one's sequence and position."""
+    return table[rows, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
 
 
 def random_sampling(batch: int) -> SamplingInput:

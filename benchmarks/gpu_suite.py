@@ -10,6 +10,7 @@ Sections, in order:
 * logits: three layers of the 8B Llama shape beside eager ``transformers``, all positions
 * memory: the memory plan of a 0.5B shape beside what the driver reports
 * captures, decode, gaps, sampling, nodes, prefill, timeline: whole steps of an 8B Llama shape with random weights
+* text: the demo model's greedy text out of that shape
 * tests: ``tests/gpu`` in several processes, then those that need the device alone
 
 Times are medians of CUDA events. A section that fails is reported with its traceback and the rest still runs. With
@@ -43,6 +44,7 @@ from benchmarks.gpu_kernels import measure_kernels
 from benchmarks.gpu_logits import measure_logits
 from benchmarks.gpu_model import GpuModel, load_model
 from benchmarks.gpu_rates import measure_rates
+from benchmarks.gpu_text import measure_text
 from benchmarks.gpu_timeline import measure_timeline
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -246,6 +248,7 @@ def main() -> int:
         "nodes": (lambda: gpu_step.measure_nodes(model.get()), 20),
         "prefill": (lambda: gpu_step.measure_prefill(model.get()), 20),
         "timeline": (lambda: measure_timeline(model.get()), 30),
+        "text": (lambda: measure_text(model.get(), torch.device("cuda")), 20),
         "release": (model.close, 0),
         "tests": (lambda: run_tests(deadline), 60),
     }
