@@ -17,6 +17,7 @@ from graphserve.models.weight_program import (
     Expression,
     Load,
     ParameterRule,
+    Shape,
     ShapeError,
     WeightProgram,
     evaluate,
@@ -82,29 +83,33 @@ def check_checkpoint(model: PreTrainedModel, model_dir: str | Path) -> WeightPro
     return WeightProgram(rules=dict(in_file_order), aliases=aliases)
 
 
-def foreseen_program(model: PreTrainedModel) -> WeightProgram | None:
-    """The program for a checkpoint that stores each parameter under the model's own name, tied ones once.
+def foreseen_program(model: PreTrainedModel) -> tuple[WeightProgram, dict[str, Shape]] | None:
+    """The program for the checkpoint that transformers itself would save of ``model``, tied parameters once.
 
-    So transformers saves most models. None for a model whose published tensors are converted (experts stored apart, a
-    fused QKV): names and shapes cannot be known then without the checkpoint.
+    Published checkpoints have that layout (experts apart, a fused QKV, ...) as far as transformers reads them by its
+    conversion mapping. Nothing but names and shapes is read.
+
+    Args:
+        model: the model on the meta device.
+
+    Returns:
+        The program, and the layout as shapes by tensor name; None if our own conversion cannot make every parameter
+        from it.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     parameters = _parameters(model)
-    conversion = convert_names(model, {names[0]: tuple(parameter.shape) for names, parameter in parameters})
+    saved = revert_weight_conversion(model, {names[0]: parameter.detach() for names, parameter in parameters})
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    conversion = convert_names(model, shapes)
     rules, aliases = {}, {}
     for names, parameter in parameters:
-        if conversion.values.get(names[0]) != Load(names[0]):
+        value = conversion.values.get(names[0])
+        if value is None or shape_of(value, shapes) != tuple(parameter.shape):
             return None
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        rules[names[0]] = ParameterRule(Load(names[0]), tuple(parameter.shape), dtype)
+        rules[names[0]] = ParameterRule(value, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
         aliases.update(dict.fromkeys(names[1:], names[0]))
-    return None if conversion.problems or _stores_converted(model) else WeightProgram(rules=rules, aliases=aliases)
-
-
-def _stores_converted(model: PreTrainedModel) -> bool:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    return any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model) or ())
+    return None if conversion.problems else (WeightProgram(rules=rules, aliases=aliases), shapes)
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:

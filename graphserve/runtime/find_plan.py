@@ -126,10 +126,11 @@ def find_or_compile_config(config: EngineConfig, folder: Path, store: ArtifactSt
 
         meta, max_model_len = build_meta(config, folder, None)
         compiled = _compile_and_save(meta, max_model_len, config, factors, store)
-        program = foreseen_program(meta)
-        if program is not None:
-            shapes = {name: rule.shape for name, rule in program.rules.items()}
-            save_weight_program(store, weight_factors(factors, shapes), program)
+        foreseen = foreseen_program(meta)
+        if foreseen is None:
+            return ModelPlan(compiled, None)
+        program, shapes = foreseen
+        save_weight_program(store, weight_factors(factors, shapes), program)
         return ModelPlan(compiled, program)
 
 

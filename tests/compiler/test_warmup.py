@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -58,6 +59,23 @@ def test_a_start_with_weights_needs_only_what_the_config_gave(store: Path) -> No
         strict = llm.generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
     with LLM() as llm:
         usual = llm.generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    assert strict[0].outputs[0].token_ids == usual[0].outputs[0].token_ids
+
+
+def test_a_checkpoint_that_is_converted_at_load_needs_only_what_the_config_gave(
+    shared_models: Path, tmp_path: Path
+) -> None:
+    checkpoint = (
+        shared_models / "stories260K-mixtral-exact"
+    )  # each expert's matrices apart, joined when they are loaded
+    (tmp_path / "model").mkdir()
+    shutil.copy(checkpoint / "config.json", tmp_path / "model")
+    assert run_warmup(EngineConfig(model=str(tmp_path / "model")), tmp_path / "store").is_complete
+    params = SamplingParams(temperature=0, max_tokens=8)
+    with LLM(str(checkpoint), compile_cache=str(tmp_path / "store"), strict_compile_cache=True) as llm:
+        strict = llm.generate(["Once upon a time"], params, use_tqdm=False)
+    with LLM(str(checkpoint)) as llm:
+        usual = llm.generate(["Once upon a time"], params, use_tqdm=False)
     assert strict[0].outputs[0].token_ids == usual[0].outputs[0].token_ids
 
 

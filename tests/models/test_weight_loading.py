@@ -22,6 +22,7 @@ from graphserve.models.meta_model import build_meta_model, non_persistent_buffer
 from graphserve.models.weight_loading import (
     check_checkpoint,
     dummy_parameters,
+    foreseen_program,
     load_parameters,
     run_program,
     stored_dtype,
@@ -120,6 +121,17 @@ def test_a_published_layout_loads_like_transformers(name: str, dtype: torch.dtyp
         assert PUBLISHED[name] in Checkpoint.open(tmp_path).tensors
         assert PUBLISHED[name] not in meta(tmp_path).state_dict()
     assert_loads_like_transformers(tmp_path, dtype)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *OWN_LAYOUT])
+def test_the_layout_and_program_of_a_checkpoint_are_foreseen_from_its_config(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
+    foreseen = foreseen_program(meta(tmp_path))
+    assert foreseen is not None
+    program, shapes = foreseen
+    stored = {tensor: entry.shape for tensor, entry in Checkpoint.open(tmp_path).tensors.items()}
+    assert shapes == stored
+    assert_same_values(dict(run_program(program, tmp_path)), dict(load_parameters(meta(tmp_path), tmp_path)))
 
 
 @pytest.mark.full
