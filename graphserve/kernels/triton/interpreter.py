@@ -16,7 +16,7 @@ import numpy as np
 import triton.experimental.gluon  # noqa: F401  imported by Triton at the first launch, and fails in the changed language
 import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction
 
 _library: dict[int, InterpretedFunction] = {}  # by id of the library's JITFunction, which lives as long as triton
@@ -54,7 +54,17 @@ def _interpreted_language() -> Iterator[None]:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
+    builder = triton_interpreter.InterpreterBuilder
+    create_dot = builder.create_dot
+
+    def create_dot_by_rows(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: Any) -> TensorHandle:
+        # A matrix unit computes all rows of a tile alike; some BLAS libraries do not, by a row's place in the tile.
+        a, d = (TensorHandle(x.data[..., None, :], x.dtype.scalar) for x in (a, d))
+        made = create_dot(self, a, TensorHandle(b.data[..., None, :, :], b.dtype.scalar), d, *rest)
+        return TensorHandle(made.data[..., 0, :], made.dtype.scalar)
+
     triton_interpreter._patch_lang_tensor = patch_with_index
+    builder.create_dot = create_dot_by_rows
     try:
         for module in modules:
             for name, value in list(vars(module).items()):
@@ -63,6 +73,7 @@ def _interpreted_language() -> Iterator[None]:
         yield
     finally:
         triton_interpreter._patch_lang_tensor = patch_tensor
+        builder.create_dot = create_dot
         for owner, names in before:
             for name, value in list(vars(owner).items()):
                 if name not in names:
