@@ -68,8 +68,10 @@ class GpuModel:
         runner: has a KV pool of ``num_blocks`` blocks filled with random numbers; graphs of the default buckets are
             captured when they are first needed.
         weight_bytes: of all weights.
+        engine_bytes: device memory that all of it took before the first capture, as the driver says.
         seconds: what making it took, by phase.
-        reload: other weights at the same addresses, which captured graphs read.
+        use_weights: makes other weights at the same addresses, which captured graphs read.
+        sleep, wake_up: give the memory of weights and KV pool back, and take it again; the weights are made anew.
     """
 
     config: transformers.PretrainedConfig
@@ -80,8 +82,11 @@ class GpuModel:
     num_blocks: int
     bytes_per_block: int
     weight_bytes: int
+    engine_bytes: int
     seconds: dict[str, float]
-    reload: Callable[[ParameterStream], None]
+    use_weights: Callable[[ParameterStream], None]
+    sleep: Callable[[], None]
+    wake_up: Callable[[], None]
     close: Callable[[], None]
 
 
@@ -103,6 +108,7 @@ def model_config(layers: int = LAYERS) -> transformers.PretrainedConfig:
 def load_model(layers: int = LAYERS) -> GpuModel:
     """Build, lower and allocate the model; takes most of the device's memory."""
     clock = _Phases()
+    free_bytes = torch.cuda.mem_get_info()[0]
     register_interfaces()
     config = model_config(layers)
     meta = build_meta_model(config, torch.bfloat16)
@@ -140,10 +146,18 @@ def load_model(layers: int = LAYERS) -> GpuModel:
     torch.cuda.synchronize()
     clock.end("compile kernels and fill the cache")
 
-    def reload(source: ParameterStream) -> None:
+    def use_weights(source: ParameterStream) -> None:
         sources.append(source)
         model_runner.weight_memory.sleep(NO_COPY)
         model_runner.weight_memory.wake_up()
+
+    def sleep() -> None:
+        model_runner.weight_memory.sleep(NO_COPY)
+        kv_cache.unmap()
+
+    def wake_up() -> None:
+        model_runner.weight_memory.wake_up()
+        kv_cache.map()
 
     def close() -> None:
         runner.close()
@@ -160,8 +174,11 @@ def load_model(layers: int = LAYERS) -> GpuModel:
         num_blocks,
         bytes_per_block,
         model_runner.weight_bytes,
+        free_bytes - torch.cuda.mem_get_info()[0],
         clock.seconds,
-        reload,
+        use_weights,
+        sleep,
+        wake_up,
         close,
     )
 

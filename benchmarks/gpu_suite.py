@@ -10,7 +10,7 @@ Sections, in order:
 * logits: three layers of the 8B Llama shape beside eager ``transformers``, all positions
 * memory: the memory plan of a 0.5B shape beside what the driver reports
 * captures, decode, gaps, sampling, nodes, prefill, timeline: whole steps of an 8B Llama shape with random weights
-* text: the demo model's greedy text out of that shape
+* text: the demo model's greedy text out of that shape, before and after a sleep
 * tests: ``tests/gpu`` in several processes, then those that need the device alone
 
 Times are medians of CUDA events. A section that fails is reported with its traceback and the rest still runs. With

@@ -1,4 +1,4 @@
-"""Greedy text of the demo model from within an 8B Llama shape, in bf16 and through captured steps."""
+"""Greedy text of the demo model from within an 8B Llama shape, in bf16 and through captured steps; and its sleep."""
 
 from __future__ import annotations
 
@@ -21,11 +21,18 @@ LEAST_SHARE = 0.5
 
 
 def measure_text(model: GpuModel, device: torch.device) -> dict[str, Any]:
-    """Tokens until each text departs from the known one, and what was written. Replaces the model's weights."""
-    model.reload(lambda: embedded_parameters(model.config, device, torch.bfloat16))
+    """Tokens until each text departs from the known one, and what was written; the same again after a sleep.
+
+    Replaces the model's weights.
+    """
+    model.use_weights(lambda: embedded_parameters(model.config, device, torch.bfloat16))
     cases = json.loads((demo_path() / "golden.json").read_text())["cases"]
     chosen = list(islice(cycle(cases), BATCH))
-    texts = generate(model, [case["prompt_token_ids"] for case in chosen], NUM_TOKENS)
+    prompts = [case["prompt_token_ids"] for case in chosen]
+    texts = generate(model, prompts, NUM_TOKENS)
+    num_graphs = model.runner.num_graphs
+    returned_bytes = _sleep_and_wake(model)
+    after_sleep = generate(model, prompts, NUM_TOKENS)
     tokenizer = load_tokenizer(demo_path())
     rows, equal, known = [], 0, 0
     for case, tokens in zip(chosen[: len(cases)], texts, strict=False):
@@ -40,9 +47,27 @@ def measure_text(model: GpuModel, device: torch.device) -> dict[str, Any]:
         "equal_share": round(share, 3),
         "least_share": LEAST_SHARE,
         "copies_agree": copies_agree,
-        "holds": share >= LEAST_SHARE,
+        "holds": share >= LEAST_SHARE and copies_agree,
+        "sleep": {
+            "engine_bytes": model.engine_bytes,
+            "returned_bytes": returned_bytes,
+            "returned_share": round(returned_bytes / model.engine_bytes, 4),
+            "same_tokens_after_waking": after_sleep == texts,
+            "new_captures_after_waking": model.runner.num_graphs - num_graphs,
+        },
         "texts": rows,
     }
+
+
+def _sleep_and_wake(model: GpuModel) -> int:
+    """Bytes that the driver reports as free while the model sleeps, and not before."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info()[0]
+    model.sleep()
+    torch.cuda.empty_cache()
+    returned = torch.cuda.mem_get_info()[0] - before
+    model.wake_up()
+    return returned
 
 
 def generate(model: GpuModel, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
