@@ -62,7 +62,10 @@ class WeightMemory:
         self.num_bytes = sum(w.numel() * w.element_size() for w in self.tensors.values())
 
     def _materialize(self, stream: Parameters) -> dict[str, torch.Tensor]:
-        return materialize_weights(self._plan, stream, self._constants, self._device, self._places)
+        tensors = materialize_weights(self._plan, stream, self._constants, self._device, self._places)
+        if self._arena is not None:
+            self._arena.synchronize()  # steps run on another stream, which does not wait for this one
+        return tensors
 
     def sleep(self, level: int) -> None:
         """Give the device's memory back. No step may be on its way, nor come before :meth:`wake_up`.
