@@ -53,12 +53,12 @@ class GraphReader:
     def __init__(self, library: object = None) -> None:
         self._driver = CudaDriver(library, _FUNCTIONS)
 
-    def node_names(self, graph: int) -> list[str]:
-        """The name of each kernel of a ``CUgraph``; of a node that is no kernel its type in angle brackets."""
-        count = c_size_t()
-        self._driver.call("cuGraphGetNodes", graph, None, ctypes.byref(count))
+    def node_names(self, graph: torch.cuda.CUDAGraph) -> list[str]:
+        """The name of each kernel of a graph; of a node that is no kernel its type in angle brackets."""
+        handle, count = graph.raw_cuda_graph(), c_size_t()
+        self._driver.call("cuGraphGetNodes", handle, None, ctypes.byref(count))
         nodes = (c_void_p * count.value)()
-        self._driver.call("cuGraphGetNodes", graph, nodes, ctypes.byref(count))
+        self._driver.call("cuGraphGetNodes", handle, nodes, ctypes.byref(count))
         return [self._name(node) for node in nodes if node]
 
     def _name(self, node: int) -> str:
@@ -107,10 +107,10 @@ def step_nodes(bound: BoundPlan, stream: torch.cuda.Stream, reader: GraphReader)
         planned.update(names)
         if not names:
             num_calls += 1
-            alone = reader.node_names(captured([action], stream).raw_cuda_graph())
+            alone = reader.node_names(captured([action], stream))
             if len(alone) != 1:
                 extra[f"launch {place}, {launch.op} of layer {launch.layer}"] = alone
-    nodes = reader.node_names(captured([action for _, action in bound.launches], stream).raw_cuda_graph())
+    nodes = reader.node_names(captured([action for _, action in bound.launches], stream))
     return StepNodes(planned.total() + num_calls, len(nodes), extra, dict(planned - Counter(nodes)))
 
 
