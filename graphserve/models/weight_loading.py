@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_PROBLEMS_SHOWN = 10
+NUM_READERS = 2
+READ_AHEAD_BYTES = 256 << 20  # of memory beyond the weights themselves while they are loaded
 
 # Buffers that older checkpoints stored and that are computed from the config nowadays.
 RECOMPUTED_TENSORS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(bias|masked_bias)$")
@@ -156,18 +159,40 @@ def _stream(
         also.setdefault(name, []).append(alias)
     done, total = 0, program.num_bytes
     progress("load weights", 0, total)
-    for name, rule in program.rules.items():
-        if shape_of(rule.value, shapes) != rule.shape:
-            raise CheckpointError(
-                f"parameter {name}: expected shape {list(rule.shape)}, found {list(shape_of(rule.value, shapes))}: the "
-                "checkpoint is not the one that the plan was made for"
-            )
-        tensor = evaluate(rule, checkpoint, shapes)
+    for name, tensor in _read_ahead(program, checkpoint, shapes):
         yield name, tensor
         for alias in also.get(name, ()):
             yield alias, tensor
         done += tensor.nbytes
         progress("load weights", done, total)
+
+
+def _read_ahead(
+    program: WeightProgram, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter in order, read by threads while the consumer places the ones before it."""
+    waiting: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
+    num_bytes = 0
+    with ThreadPoolExecutor(NUM_READERS, "weight reader") as pool:
+        try:
+            for name, rule in program.rules.items():
+                found = shape_of(rule.value, shapes)
+                if found != rule.shape:
+                    raise CheckpointError(
+                        f"parameter {name}: expected shape {list(rule.shape)}, found {list(found)}: the checkpoint is "
+                        "not the one that the plan was made for"
+                    )
+                while waiting and num_bytes + rule.num_bytes > READ_AHEAD_BYTES:
+                    ready, size, future = waiting.popleft()
+                    num_bytes -= size
+                    yield ready, future.result()
+                waiting.append((name, rule.num_bytes, pool.submit(evaluate, rule, checkpoint, shapes)))
+                num_bytes += rule.num_bytes
+            while waiting:
+                ready, _, future = waiting.popleft()
+                yield ready, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # the consumer may have stopped early
 
 
 def dummy_parameters(model: PreTrainedModel, seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:

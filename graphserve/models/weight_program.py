@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
+_ITEM_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2}
+
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
     """A tensor of the checkpoint."""
@@ -73,6 +75,11 @@ class ParameterRule(msgspec.Struct, frozen=True):
     shape: Shape
     dtype: str
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the parameter."""
+        return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 1)
+
 
 class WeightProgram(msgspec.Struct, frozen=True):
     """Rules by parameter name, in the order of the checkpoint's files, and further names of tied parameters.
@@ -86,8 +93,7 @@ class WeightProgram(msgspec.Struct, frozen=True):
     @property
     def num_bytes(self) -> int:
         """Bytes of all parameters, tied ones counted once."""
-        sizes = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2}
-        return sum(math.prod(rule.shape) * sizes.get(rule.dtype, 1) for rule in self.rules.values())
+        return sum(rule.num_bytes for rule in self.rules.values())
 
 
 class TensorReader(Protocol):

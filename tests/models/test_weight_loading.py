@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graphserve.errors import CheckpointError, UnsupportedModelError
+from graphserve.models import weight_loading
 from graphserve.models.checkpoint import Checkpoint
 from graphserve.models.config import load_config
 from graphserve.models.meta_model import build_meta_model, non_persistent_buffers
@@ -27,7 +29,7 @@ from graphserve.models.weight_loading import (
     run_program,
     stored_dtype,
 )
-from graphserve.models.weight_program import Concat, Load, Stack, WeightProgram
+from graphserve.models.weight_program import Concat, Load, ParameterRule, Stack, WeightProgram, evaluate
 from tests.tiny_models import architectures, tiny_config, tiny_model
 
 Tensors = dict[str, torch.Tensor]
@@ -194,6 +196,43 @@ def test_tensors_come_in_file_order(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     names = [name for name, _ in load_parameters(meta(tmp_path), tmp_path) if name in checkpoint.tensors]
     assert names == list(checkpoint.tensors)
+
+
+@pytest.mark.parametrize("ahead_bytes", [0, 10_000, 1 << 30])
+def test_reading_ahead_changes_no_value_and_is_bounded(
+    ahead_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("mixtral", tmp_path)
+    expected = dict(load_parameters(meta(tmp_path), tmp_path))
+    program = check_checkpoint(meta(tmp_path), tmp_path)
+    largest = max(rule.num_bytes for rule in program.rules.values())
+    started: list[int] = []
+
+    def counted(rule: ParameterRule, *rest: object) -> torch.Tensor:
+        started.append(rule.num_bytes)
+        return evaluate(rule, *rest)
+
+    monkeypatch.setattr(weight_loading, "READ_AHEAD_BYTES", ahead_bytes)
+    monkeypatch.setattr(weight_loading, "evaluate", counted)
+    found, taken = {}, 0
+    for name, tensor in run_program(program, tmp_path):
+        found[name] = tensor
+        assert sum(started) - taken <= max(ahead_bytes, largest) + largest
+        taken += tensor.nbytes if name in program.rules else 0
+    assert_same_values(found, expected)
+
+
+def test_a_reader_s_error_reaches_the_consumer_and_an_early_end_stops_the_readers(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    program = check_checkpoint(meta(tmp_path), tmp_path)
+    stream = run_program(program, tmp_path)
+    next(stream)
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("weight reader")]
+    stream = run_program(program, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="truncated after the check"):
+        list(stream)
 
 
 def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
