@@ -210,11 +210,13 @@ def run_section(name: str, work: Callable[[], Any], deadline: Deadline, needs_s:
     return result
 
 
-def has_error(value: Any) -> bool:
-    """Whether a section, or a row of one, holds the text of an error."""
+def has_failed(value: Any) -> bool:
+    """Whether a section, or a row of one, has the text of an error or says that what it checks does not hold."""
     if isinstance(value, list):
-        return any(map(has_error, value))
-    return isinstance(value, dict) and (isinstance(value.get("error"), str) or any(map(has_error, value.values())))
+        return any(map(has_failed, value))
+    if not isinstance(value, dict):
+        return False
+    return isinstance(value.get("error"), str) or value.get("holds") is False or any(map(has_failed, value.values()))
 
 
 def file_name(document: dict[str, Any]) -> str:
@@ -256,7 +258,9 @@ def main() -> int:
     if unknown := skipped - set(sections):
         parser.error(f"--skip has {', '.join(sorted(unknown))}: sections are {', '.join(sections)}")
     document: dict[str, Any] = {"benchmark": "gpu_suite", "date": time.strftime("%Y-%m-%d")}
-    document["command"] = "python -m benchmarks.gpu_suite " + " ".join(sys.argv[1:])
+    document["command"] = f"python -m benchmarks.gpu_suite --minutes {args.minutes:g}"
+    if skipped:
+        document["command"] += f" --skip {args.skip}"
     for name, (work, needs_s) in sections.items():
         if name not in skipped:
             document[name] = run_section(name, work, deadline, needs_s)
@@ -266,7 +270,7 @@ def main() -> int:
                 (args.output / file_name(document)).write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
     tests = document.get("tests", {}).get("result", {})
-    return int(has_error(document) or bool(tests.get("failures")) or bool(tests.get("not_finished")))
+    return int(has_failed(document) or bool(tests.get("failures")) or bool(tests.get("not_finished")))
 
 
 if __name__ == "__main__":
