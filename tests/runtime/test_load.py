@@ -1,5 +1,6 @@
 """Loading: compiled once, found again, and a damaged or foreign plan never used."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from graphserve.artifacts import ArtifactStore
 from graphserve.compiler.warmup import run_warmup
 from graphserve.config import EngineConfig
 from graphserve.demo import demo_path
-from graphserve.errors import CacheMissError
+from graphserve.errors import CacheMissError, ConfigError
 from graphserve.models.checkpoint import Checkpoint
 from graphserve.runtime.find_plan import find_or_compile, plan_factors, weight_factors
 from graphserve.runtime.load import load_model
@@ -71,3 +72,11 @@ def test_the_limits_and_end_tokens_come_with_the_model(store_root: Path, monkeyp
     assert loaded.max_model_len == loaded.model_runner.plan.model["max_model_len"] > 0
     assert loaded.generation_defaults.eos_token_ids
     assert loaded.tokenizer is not None and loaded.tokenizer.encode("Once upon a time")
+
+
+def test_a_broken_tokenizer_file_ends_the_start_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(demo_path(), folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read"):
+        load_model(EngineConfig(model=str(folder)))
