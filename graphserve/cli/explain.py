@@ -34,19 +34,22 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Print the report."""
-    progress.set_sink(progress.StreamSink())
-    from graphserve.compiler.explain import run_explain
+    previous = progress.set_sink(progress.StreamSink())
+    try:
+        from graphserve.compiler.explain import run_explain
 
-    report = run_explain(
-        options.model,
-        json=options.json,
-        config_only=options.config_only,
-        target=options.target,
-        device=options.device,
-        batch=options.batch,
-        context=options.context,
-        dump_dir=options.dump,
-        verify=options.verify,
-    )
+        report = run_explain(
+            options.model,
+            json=options.json,
+            config_only=options.config_only,
+            target=options.target,
+            device=options.device,
+            batch=options.batch,
+            context=options.context,
+            dump_dir=options.dump,
+            verify=options.verify,
+        )
+    finally:
+        progress.set_sink(previous)
     sys.stdout.write(report.rstrip() + "\n")
     return 0
