@@ -4,9 +4,9 @@
         [--out FILE]
 
 Every start answers a prompt with the embedded model, and its text is compared with that of an undisturbed start. Python
-finds the bytecode of every module, as it does in an installation. The last stdout line is one JSON document; exit
-status 1 if a start failed or answered otherwise, a damaged file was not named and put into quarantine, or several
-processes took the CPU time of two.
+finds the bytecode of every module, as it does in an installation. The last stdout line is one JSON document; ``--out``
+stores it, and keeps the parts of that file which this run leaves out. Exit status 1 if a start failed or answered
+otherwise, a damaged file was not named and put into quarantine, or several processes took the CPU time of two.
 """
 
 from __future__ import annotations
@@ -222,13 +222,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     parts = args.parts.split(",")
-    report: dict[str, Any] = {
-        "benchmark": "cache_faults",
+    stored = json.loads(args.out.read_text())["parts"] if args.out is not None and args.out.is_file() else {}
+    facts = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
-        "command": " ".join(["python -m benchmarks.cache_faults", *sys.argv[1:]]),
     }
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="graphserve-faults-") as folder:
         scratch = Path(folder)
         keep_bytecode(scratch / "bytecode")
@@ -244,14 +244,19 @@ def main() -> int:
             "processes": lambda: processes(scratch, expected, args.processes),
         }
         for name in parts:
-            report[name] = todo[name]()
-            sys.stdout.write(f"{name}: {report[name]}\n")
+            found[name] = todo[name]()
+            sys.stdout.write(f"{name}: {found[name]}\n")
             sys.stdout.flush()
-    report["load"] = f"{os.getloadavg()[0]:.1f} at the end"
+            found[name] |= facts | {"load": round(os.getloadavg()[0], 1)}
+    document = {
+        "benchmark": "cache_faults",
+        "command": "python -m benchmarks.cache_faults --parts PART",
+        "parts": stored | found,
+    }
     if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-    sys.stdout.write(json.dumps(report) + "\n")
-    return 1 if any(has_failed(report[name]) for name in parts) else 0
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
+    sys.stdout.write(json.dumps(document) + "\n")
+    return 1 if any(map(has_failed, found.values())) else 0
 
 
 if __name__ == "__main__":
