@@ -20,14 +20,20 @@ PROMPT = "Once upon a time"
 NUM_TOKENS = 12
 OTHER_UID = 65534  # nobody
 
-# Runs the command line with an importer in front that refuses what a warm start must not need.
+# Runs the command line with an importer in front that refuses what a warm start must not need. To look for it is no
+# import: torch asks for triton's spec when it first uses CUDA.
 _BLOCKED = """
 import sys
+from importlib.machinery import ModuleSpec
 class Blocker:
     names = ("torch._dynamo", "torch._inductor", "transformers", "triton", "sentencepiece")
     def find_spec(self, name, path=None, target=None):
         if name in self.names or name.startswith(tuple(n + "." for n in self.names)):
-            raise ImportError(f"a warm start imported {name}")
+            return ModuleSpec(name, self)
+    def create_module(self, spec):
+        raise ImportError(f"a warm start imported {spec.name}")
+    def exec_module(self, module):
+        pass
 sys.meta_path.insert(0, Blocker())
 from graphserve.cli.main import main
 sys.exit(main(sys.argv[1:]))
@@ -73,6 +79,8 @@ def bare_start(
 ) -> subprocess.CompletedProcess[str]:
     """``graphserve generate`` of the demo model with an empty PATH and HOME."""
     environment = {"HOME": str(home), "PATH": "/nowhere", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
+    if "LD_LIBRARY_PATH" in os.environ:  # in some containers only this says where the GPU's driver is
+        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     generate = ["generate", "--prompt", PROMPT, "--max-tokens", str(NUM_TOKENS), *options]
     command = [*prefix, sys.executable, "-c", _BLOCKED, *generate]
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
