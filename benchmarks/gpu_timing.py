@@ -1,10 +1,10 @@
-"""Times of work on a CUDA device by its own events. Not yet run on a GPU."""
+"""Times of work on a CUDA device by its own events."""
 
 from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -32,3 +32,29 @@ def median_us(work: Callable[[], object], repeats: int = 30, warmup: int = 5) ->
         end.record()
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3
+
+
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    """The stream on which :func:`graph_us` captures; launches with a stream of their own must be bound to it."""
+    return torch.cuda.Stream()
+
+
+def graph_us(works: Sequence[Callable[[], object]], launches: int = 16, repeats: int = 20) -> float:
+    """Median microseconds of one of ``works``, replayed from a graph that runs them in turn, as a step's kernels run.
+
+    Args:
+        works: the same work over different memory, together more than the L2 cache holds.
+        launches: at least so many in the graph, so that what a replay itself takes does not count.
+    """
+    rounds = -(-launches // len(works))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(capture_stream()):
+        for work in works:
+            work()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=capture_stream()):
+            for _ in range(rounds):
+                for work in works:
+                    work()
+        return median_us(graph.replay, repeats, warmup=2) / (rounds * len(works))

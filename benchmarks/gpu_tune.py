@@ -101,7 +101,7 @@ def rope_variants() -> Iterator[Variant]:
     for elements in (1024, 2048, 4096, 8192):
         for threads in (64, 128, 256, 512):
             if 4 <= elements // threads <= 32:
-                values = {"_PROGRAM_ELEMENTS": elements, "_THREADS": threads}
+                values = {"_PROGRAM_ELEMENTS": elements, "_PLAIN_THREADS": threads}
                 yield f"{elements} elements, {threads} threads", replaced(rope_kv, **values), {}
 
 

@@ -95,6 +95,11 @@ class AttentionForm:
         return not (self.single_query or self.has_first_key)
 
     @property
+    def loads_ids_ahead(self) -> bool:
+        """The loop carries the next tile's block numbers; a decode program is too short for it to pay."""
+        return bool(self.block_size) and not self.single_query
+
+    @property
     def k_parts(self) -> tuple[Part, ...]:
         """Columns of queries and keys."""
         return head_parts(self.k_dim, self.least_width)
@@ -155,6 +160,10 @@ def choose_tile(form: AttentionForm, target: str) -> AttentionTile:
     loaded_columns = key_columns + (0 if form.value_is_key_prefix else value_columns)
     # A latent head's accumulator takes the registers that more rows or keys would need.
     is_wide = value_columns >= 512
+    if form.dtype == "float32" and key_columns >= 32:
+        # Exact products are multiply-adds over registers: tiles of the size of a matrix instruction's would spill.
+        tile = 16 if key_columns >= 256 or len(form.k_parts) > 1 else 32
+        return AttentionTile(16, tile, 8 if target in ("cuda:90", "cuda:100") else 4, 2)
     if form.single_query:
         # More rows than a token has heads would be idle.
         block_m = min(max(16, next_power_of_2(form.group)), 32 if is_wide else 64)
@@ -165,6 +174,9 @@ def choose_tile(form: AttentionForm, target: str) -> AttentionTile:
         tile = 64
         if target == "cuda:80" and value_columns > 64:
             tile = 16 if value_columns > 128 and len(form.v_parts) > 1 else 32
+        # Two products a tile, whose registers the compiler for sm_100 limits to half.
+        if target == "cuda:100" and len(form.v_parts) > 1:
+            tile = 32
     if is_wide:
         tile = 16 if is_hip else 32
     has_warp_groups = target in ("cuda:90", "cuda:100") and block_m >= 64
@@ -172,12 +184,18 @@ def choose_tile(form: AttentionForm, target: str) -> AttentionTile:
     limit = (_DECODE_BYTES if form.single_query else _MIXED_BYTES)[target]
     while tile > 16 and buffers * tile * loaded_columns * ITEM_SIZES[form.dtype] > limit:
         tile //= 2
-    # Keys wait for their block numbers, which are loaded ahead as well: the compiler spreads the stages over both, and
-    # keeps one buffer more where matrix instructions run beside the copies.
-    num_stages = 3 if is_hip or has_warp_groups else 5
+    if form.loads_ids_ahead:
+        # The tile in use and those whose copies are under way: one of half a processor's 64 KiB on gfx942, else two.
+        num_stages = 2 if is_hip else 3
+    else:
+        # Keys wait for their block numbers, which are loaded ahead as well: the compiler spreads the stages over both,
+        # and keeps one buffer more where matrix instructions run beside the copies.
+        num_stages = 3 if is_hip or has_warp_groups else 5
     num_warps = 8 if not is_hip and (block_m >= 128 or block_m * value_columns > 64 * 128) else 4
     is_plain = form.cache_dtype == form.dtype and ITEM_SIZES[form.dtype] == 2
     if target == "cuda:90" and key_columns == value_columns == 128 and is_plain:
-        # The heads of most models: measured on an H200 (benchmarks/gpu_tune.py).
-        tile, num_stages = (64, 3) if form.single_query else (128, 2)
+        # The heads of most models: measured on an H200 (benchmarks/gpu_tune.py). Rows of 128 keys take every register
+        # there is, and some forms would need more.
+        is_roomy = not form.has_first_key and next_power_of_2(form.group) == form.group
+        tile, num_stages = (64, 3) if form.single_query or not is_roomy else (128, 3)
     return AttentionTile(block_m, tile, num_warps, num_stages)

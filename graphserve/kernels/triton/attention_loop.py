@@ -16,6 +16,7 @@ def e4m3_to_fp16(bits):
     rest = (bits & 0x7F).to(tl.uint16) << 7
     return (sign | rest).to(tl.float16, bitcast=True) * 256.0
 '''
+_NEXT_ID = "next_id = tl.load(block_table_ptr + table_row + next_key // BLOCK_SIZE, mask=next_key < seq_len, other=0)"
 
 
 def lacks_e4m3(target: str) -> bool:
@@ -31,14 +32,23 @@ def bits_are_converted(form: AttentionForm, target: str) -> bool:
 def loops(form: AttentionForm, target: str) -> list[str]:
     """The loop over the tiles that need a mask, and before it the one over those that need none."""
     if not form.has_full_tiles:
-        return [_loop(form, target, "first_tile", True)]
-    return [_loop(form, target, "first_tile", False), _loop(form, target, "full_tile", True)]
+        text = [_loop(form, target, "first_tile", True)]
+    else:
+        text = [_loop(form, target, "first_tile", False), _loop(form, target, "full_tile", True)]
+    if form.loads_ids_ahead:
+        text[0] = (
+            "# Block numbers are loaded a tile ahead: the copies of keys and values then wait for nothing.\n"
+            f"next_key = first_tile * TILE + tl.arange(0, TILE)\n{_NEXT_ID}\n{text[0]}"
+        )
+    return text
 
 
 def _loop(form: AttentionForm, target: str, first: str, masked: bool) -> str:
     end = "last_tile" if masked else "full_tile"
     body = [*_addresses(form, masked), *_scores(form, target, masked), *_accumulate(form, target, masked)]
-    return f"for tile in range({first}, {end}):\n" + textwrap.indent("\n".join(body), "    ")
+    # A tile or two need a mask where others need none: to have more of them in flight would only take registers.
+    tiles = f"tl.range({first}, {end}, num_stages=2)" if masked and form.has_full_tiles else f"range({first}, {end})"
+    return f"for tile in {tiles}:\n" + textwrap.indent("\n".join(body), "    ")
 
 
 def _addresses(form: AttentionForm, masked: bool) -> list[str]:
@@ -52,11 +62,12 @@ def _addresses(form: AttentionForm, masked: bool) -> list[str]:
         return lines + [
             f"{x}_row = key_token * {x.upper()}_TOKEN_STRIDE + kv_head * {x.upper()}_HEAD_STRIDE" for x in "kv"
         ]
-    mask = ", mask=is_key, other=0" if masked else ""
-    lines += [
-        f"block_id = tl.load(block_table_ptr + table_row + key // BLOCK_SIZE{mask}).to(tl.int64)",
-        "slot = key % BLOCK_SIZE",
-    ]
+    if form.loads_ids_ahead:
+        lines += ["block_id = next_id.to(tl.int64)", "next_key = key + TILE", _NEXT_ID]
+    else:
+        mask = ", mask=is_key, other=0" if masked else ""
+        lines.append(f"block_id = tl.load(block_table_ptr + table_row + key // BLOCK_SIZE{mask}).to(tl.int64)")
+    lines.append("slot = key % BLOCK_SIZE")
     for x in "k" if form.value_is_key_prefix else "kv":
         name = x.upper()
         lines.append(

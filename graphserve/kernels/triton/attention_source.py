@@ -59,8 +59,9 @@ def _locate_queries(form: AttentionForm) -> str:
         """)
     return _text(f"""
         # Sequence s owns the query blocks from query_start_loc[s] // BLOCK_Q + s on. The padding tokens behind the
-        # last sequence are sequence S; it has no keys, so that they get zeros.
-        block = tl.program_id(0)
+        # last sequence are sequence S; it has no keys, so that they get zeros. The last blocks of a sequence have the
+        # most keys and start first.
+        block = tl.num_programs(0) - 1 - tl.program_id(0)
         sequence = 0
         high = S
         while sequence < high:
@@ -91,10 +92,11 @@ def _rows(form: AttentionForm, tile: AttentionTile, table_length: str) -> str:
     else:
         lines += ["kv_head = tl.program_id(1)", "row = tl.arange(0, BLOCK_M)", "group_head = row % GROUP_ROWS"]
     lines += [
-        "row_token = block_start + row // GROUP_ROWS",
+        "query = row // GROUP_ROWS",
+        "row_token = block_start + query",
         "is_row = (row < BLOCK_Q * GROUP_ROWS) & (group_head < GROUP) & (row_token < query_len)",
         "head = kv_head * GROUP + group_head",
-        "token = (first_token + row_token).to(tl.int64)",
+        "first_row = (first_token + block_start).to(tl.int64)",
         "position = seq_len - query_len + row_token",
     ]
     if form.block_size:
@@ -106,10 +108,13 @@ def _load_queries(form: AttentionForm) -> str:
     lines = [f"{columns_of('k', i)} = {_arange(part)}" for i, part in enumerate(form.k_parts)]
     if not form.value_is_key_prefix:
         lines += [f"{columns_of('v', i)} = {_arange(part)}" for i, part in enumerate(form.v_parts)]
-    lines.append("q_row = token * Q_TOKEN_STRIDE + head * Q_HEAD_STRIDE")
+    lines.append("# One 64-bit address for the block and 32-bit offsets for its rows: fewer registers.")
+    lines.append("q_tile_ptr = q_ptr + first_row * Q_TOKEN_STRIDE")
+    lines.append("q_row = query * Q_TOKEN_STRIDE + head * Q_HEAD_STRIDE")
     for i, part in enumerate(form.k_parts):
         mask = element_mask("is_row[:, None]", part, columns_of("k", i), "K_DIM")
-        lines.append(f"q_{i} = tl.load(q_ptr + q_row[:, None] + {columns_of('k', i)}[None, :], mask={mask}, other=0.0)")
+        address = f"q_tile_ptr + q_row[:, None] + {columns_of('k', i)}[None, :]"
+        lines.append(f"q_{i} = tl.load({address}, mask={mask}, other=0.0)")
     return "\n".join(lines)
 
 
@@ -203,13 +208,14 @@ def _store(form: AttentionForm) -> str:
     )
     if factors:
         lines.append(f"inverse *= {' * '.join(factors)}")
-    lines.append("out_row = token * OUT_TOKEN_STRIDE + head * V_DIM")
+    lines.append("out_tile_ptr = out_ptr + first_row * OUT_TOKEN_STRIDE")
+    lines.append("out_row = query * OUT_TOKEN_STRIDE + head * V_DIM")
     for i, part in enumerate(form.v_parts):
         columns = _value_columns(form, i)
         mask = element_mask("is_row[:, None]", part, columns, "V_DIM")
         lines.append(f"acc_{i} *= inverse[:, None]")
         value = rounded(f"acc_{i}", form.out_dtype)
-        lines.append(f"tl.store(out_ptr + out_row[:, None] + {columns}[None, :], {value}, mask={mask})")
+        lines.append(f"tl.store(out_tile_ptr + out_row[:, None] + {columns}[None, :], {value}, mask={mask})")
     return "\n".join(lines)
 
 
@@ -219,7 +225,7 @@ def _store_partial(form: AttentionForm) -> str:
         "total = tl.where(row_sum == 0.0, 1.0, row_sum)",
         "inverse = 1.0 / total",
         "# partial: [T, HEADS, SEGMENTS, V_DIM] results, then [T, HEADS, SEGMENTS] logarithms",
-        "part_row = (token * HEADS + head) * SEGMENTS + segment",
+        "part_row = ((first_row + query) * HEADS + head) * SEGMENTS + segment",
         'log_sum = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(total))',
         "tl.store(partial_ptr + T.to(tl.int64) * (HEADS * SEGMENTS * V_DIM) + part_row, log_sum, mask=is_row)",
         "is_part = is_row & (row_sum != 0.0)",

@@ -14,9 +14,11 @@ from graphserve.kernels.triton.expressions import limited, quantized, round_to, 
 from graphserve.kernels.triton.head_rows import HeadColumns
 from graphserve.kernels.triton.kernel import FLOAT_DTYPES, KernelText, TritonKernel, next_power_of_2, require_float
 
-# Elements of one program, and its threads: eight elements, one 128-bit load, of each half of the rotated pairs.
+# Elements of one program, and its threads: eight elements, one 128-bit load, of each half of the rotated pairs. Where
+# that is all there is to do (no norm, no scale), two loads a thread are faster (benchmarks/gpu_tune.py, H200).
 _PROGRAM_ELEMENTS = 2048
 _THREADS = 128
+_PLAIN_THREADS = 64
 _CACHE_DTYPES = (*FLOAT_DTYPES, "float8_e4m3fn")
 
 _KV = ("kv_k", "kv_v", "slot_mapping")
@@ -122,7 +124,10 @@ def rope_kv_write(call: Call, target: str) -> TritonKernel:
             body += [*branch.norm(specs.get(f"{branch.name}_norm")), *columns.rotate(branch.name)]
         bodies.append(body + (_store_queries(branch) if branch.name == "q" else _store_in_cache(branch, specs, target)))
     lines.append(_choose(branches, bodies))
-    return text.build("\n".join(lines), (specs["k"].shape[0], sum(b.programs for b in branches), 1), _num_warps(target))
+    is_plain = rotary and columns.style == "half" and not {"q_norm", "k_scale"} & specs.keys()
+    threads = _PLAIN_THREADS if is_plain else _THREADS
+    grid = (specs["k"].shape[0], sum(b.programs for b in branches), 1)
+    return text.build("\n".join(lines), grid, _num_warps(target, threads))
 
 
 def rope(call: Call, target: str) -> TritonKernel:
@@ -157,11 +162,11 @@ def rope(call: Call, target: str) -> TritonKernel:
     ]
     if any("T" in str(spec.stride(axis)) for spec in (x, out) for axis in (1, 2)):
         text.scalar("T")
-    return text.build("\n".join(lines), (x.shape[token_axis], branch.programs, 1), _num_warps(target))
+    return text.build("\n".join(lines), (x.shape[token_axis], branch.programs, 1), _num_warps(target, _THREADS))
 
 
-def _num_warps(target: str) -> int:
-    return _THREADS // (64 if target.startswith("hip") else 32)
+def _num_warps(target: str, threads: int) -> int:
+    return threads // (64 if target.startswith("hip") else 32)
 
 
 def _stride(text: KernelText, name: str, stride: Dim) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,6 +29,7 @@ class Model(NamedTuple):
     is_latent: bool = False
     cache_dtype: str = "bfloat16"
     rows_dtype: str = ""  # of a result that is quantized by rows
+    dtype: str = "bfloat16"
 
 
 MODELS = {
@@ -48,14 +50,14 @@ STEPS["split"] = {"max_query_len": 1, "segments": 16}
 
 
 def attention_kernels(model: Model, step: dict[str, int], target: str) -> list[TritonKernel]:
-    """The kernels of one layer in bf16."""
+    """The kernels of one layer."""
     heads, kv_heads, k_dim, v_dim, block_size = model[:5]
     k_size = kv_heads * block_size * k_dim
     v_size = 0 if model.is_latent else kv_heads * block_size * v_dim
     v_row = k_dim if model.is_latent else v_dim
-    is_scaled = model.cache_dtype != "bfloat16"
+    is_scaled = model.cache_dtype != model.dtype
     args = [
-        ArgSpec("bfloat16", ("T", heads, k_dim)),
+        ArgSpec(model.dtype, ("T", heads, k_dim)),
         ArgSpec(model.cache_dtype, ("num_blocks", kv_heads, block_size, k_dim),
                 (k_size + v_size, block_size * k_dim, k_dim, 1)),
         ArgSpec(model.cache_dtype, ("num_blocks", kv_heads, block_size, v_dim),
@@ -63,14 +65,14 @@ def attention_kernels(model: Model, step: dict[str, int], target: str) -> list[T
         ArgSpec("int32", ("S", "B_0")),
         ArgSpec("int32", ("S+1",)),
         ArgSpec("int32", ("S",)),
-        ArgSpec("bfloat16", (heads,)) if model.sinks else None,
+        ArgSpec(model.dtype, (heads,)) if model.sinks else None,
         None,
         *([ArgSpec("float32", (1,)), ArgSpec("float32", (1,)), None] if is_scaled else []),
     ]  # fmt: skip
     attrs: dict[str, Any] = {"scale": k_dim**-0.5, "window": model.window, "chunk": 0, "softcap": 0.0, "causal": True}
     attrs |= step | ({"value_is_key_prefix": True} if model.is_latent else {})
     op = "gs.paged_attention_quant" if is_scaled else "gs.paged_attention"
-    outputs = [ArgSpec(model.rows_dtype or "bfloat16", ("T", heads * v_dim))]
+    outputs = [ArgSpec(model.rows_dtype or model.dtype, ("T", heads * v_dim))]
     if model.rows_dtype:
         op, attrs["dtype"] = "gs.paged_attention_quant_rows", model.rows_dtype
         outputs.append(ArgSpec("float32", ("T", 1)))
@@ -115,6 +117,17 @@ def test_every_head_size_compiles_without_spills(dims: tuple[int, int], target: 
 
 @pytest.mark.full
 @pytest.mark.parametrize("target", [DEFAULT_TARGET, *FULL_TARGETS])
+@pytest.mark.parametrize("dim", [32, 64, 80, 128, 256])
+def test_attention_in_full_precision_compiles_without_spills(dim: int, target: str) -> None:
+    model = Model(8, 2, dim, dim, dtype="float32", cache_dtype="float32")
+    for step in STEPS.values():
+        for kernel in attention_kernels(model, step, target):
+            compiled = compile_for(kernel, target)
+            assert compiled.num_spills == 0 and compiled.shared_bytes <= SHARED_BYTES[target], (dim, step, target)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", [DEFAULT_TARGET, *FULL_TARGETS])
 def test_an_encoders_kernel_stays_within_budget(target: str) -> None:
     merged = ArgSpec("bfloat16", ("T", 12, 64), (3 * 12 * 64, 64, 1))
     attrs = {"scale": 0.125, "window": 0, "chunk": 0, "softcap": 0.0, "causal": False}
@@ -123,6 +136,14 @@ def test_an_encoders_kernel_stays_within_budget(target: str) -> None:
     assert isinstance(kernel, TritonKernel), kernel
     assert compile_for(kernel, target).num_mma > 0
     check_budget("bert-base", kernel, target, "budgets_attention")
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "gpt-oss, window"])
+def test_the_copies_of_keys_and_values_have_a_whole_step_to_arrive(model: str) -> None:
+    """A loop step waits for the copies that the step before last started, and not for the two of the last."""
+    (kernel,) = attention_kernels(MODELS[model], STEPS["mixed"], "cuda:90")
+    first_loop, *_ = re.findall(r"cp\.async\.wait_group\s+(\d+)", compile_for(kernel, "cuda:90").asm)
+    assert first_loop == "2"
 
 
 def test_a_latent_cache_is_read_once_for_keys_and_values() -> None:
