@@ -139,7 +139,7 @@ def load_model(layers: int = LAYERS) -> GpuModel:
     )
     kv_cache = runner.kv_cache
     assert kv_cache is not None
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.cuda.stream(stream):  # behind the zeros that the pool began with
         for keys, values in kv_cache.layers:
             keys.normal_()
             values.normal_()

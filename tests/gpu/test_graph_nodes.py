@@ -26,6 +26,5 @@ def test_a_captured_step_has_the_plans_kernels_and_no_others(variant: str, count
     assert stream is not None
     nodes = step_nodes(bound, stream, GraphReader())
     core.close()
-    assert nodes.num_planned >= len(bound.launches)
     assert not nodes.missing
     assert nodes.num_unexplained == 0, nodes
