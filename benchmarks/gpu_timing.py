@@ -49,6 +49,7 @@ def graph_us(works: Sequence[Callable[[], object]], launches: int = 16, repeats:
     """
     rounds = -(-launches // len(works))
     graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()  # tensors may have been filled on another stream
     with torch.cuda.stream(capture_stream()):
         for work in works:
             work()
