@@ -15,7 +15,7 @@ Sections, in order:
 
 Times are medians of CUDA events. A section that fails is reported with its traceback and the rest still runs. With
 ``--output`` a file ``gpu_<device>_<date>.json`` is written there, anew after each section; the last stdout line is the
-same JSON document. ``python -m benchmarks.plot_gpu`` draws it.
+same JSON document. ``python -m benchmarks.plot_gpu FILE`` draws it.
 """
 
 from __future__ import annotations
