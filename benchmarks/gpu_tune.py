@@ -72,7 +72,8 @@ def gemv_variants() -> Iterator[Variant]:
                         wanted //= 2
                     return wanted
 
-                values = {"_TILE_ELEMENTS": elements, "_NUM_WARPS": warps, "choose_block_k": choose}
+                num_warps = lambda *_, warps=warps: warps  # noqa: E731
+                values = {"_TILE_ELEMENTS": elements, "_num_warps": num_warps, "choose_block_k": choose}
                 yield f"{elements} elements, {warps} warps, K {block_k}", replaced(gemv, **values), {"product": "gemv"}
 
 

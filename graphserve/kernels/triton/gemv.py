@@ -57,9 +57,6 @@ def gemv(product: Product) -> TritonKernel:
     text.scalar(*scalars_in(product.rows))
     text.constants(N=n, K=k, W_STRIDE=product.w.int_stride(0), BLOCK_N=block_n, BLOCK_K=block_k)
     is_even = k % block_k == 0
-    # The addresses of several rows take the registers of a second load a thread; a warp of gfx942 has 64 lanes.
-    has_one_load = block_n > 1 and block_n * block_k == _TILE_ELEMENTS and not product.target.startswith("hip")
-    num_warps = 2 * _NUM_WARPS if has_one_load else _NUM_WARPS
     body = _BODY.format(
         col=clamped("offs_n", "N", n % block_n == 0),
         x_start=text.row_start("X", product.x, "tl.program_id(1).to(tl.int64)"),
@@ -68,4 +65,14 @@ def gemv(product: Product) -> TritonKernel:
         mask_a=k_mask(product.x, "[None, :]", is_even),
         mask_b=k_mask(product.w, "[None, :]", is_even),
     )
-    return text.build(body + epilogue(product, text), (-(-n // block_n), product.rows, 1), num_warps)
+    return text.build(
+        body + epilogue(product, text),
+        (-(-n // block_n), product.rows, 1),
+        _num_warps(block_n, block_k, product.target),
+    )
+
+
+def _num_warps(block_n: int, block_k: int, target: str) -> int:
+    # The addresses of several rows take the registers of a second load a thread; a warp of gfx942 has 64 lanes.
+    has_one_load = block_n > 1 and block_n * block_k == _TILE_ELEMENTS and not target.startswith("hip")
+    return 2 * _NUM_WARPS if has_one_load else _NUM_WARPS
