@@ -94,10 +94,9 @@ class AttentionForm:
         """It pays to loop over the tiles that all rows see from end to end without a mask."""
         return not (self.single_query or self.has_first_key)
 
-    @property
-    def loads_ids_ahead(self) -> bool:
-        """The loop carries the next tile's block numbers; a decode program is too short for it to pay."""
-        return bool(self.block_size) and not self.single_query
+    def loads_ids_ahead(self, tile: int) -> bool:
+        """The loop carries the block numbers of the next ``tile`` keys; a decode program is too short for it to pay."""
+        return bool(self.block_size) and tile % self.block_size == 0 and not self.single_query
 
     @property
     def k_parts(self) -> tuple[Part, ...]:
@@ -184,7 +183,7 @@ def choose_tile(form: AttentionForm, target: str) -> AttentionTile:
     limit = (_DECODE_BYTES if form.single_query else _MIXED_BYTES)[target]
     while tile > 16 and buffers * tile * loaded_columns * ITEM_SIZES[form.dtype] > limit:
         tile //= 2
-    if form.loads_ids_ahead:
+    if form.loads_ids_ahead(tile):
         # The tile in use and those whose copies are under way: one of half a processor's 64 KiB on gfx942, else two.
         num_stages = 2 if is_hip else 3
     else:
@@ -196,6 +195,6 @@ def choose_tile(form: AttentionForm, target: str) -> AttentionTile:
     if target == "cuda:90" and key_columns == value_columns == 128 and is_plain:
         # The heads of most models: measured on an H200 (benchmarks/gpu_tune.py). Rows of 128 keys take every register
         # there is, and some forms would need more.
-        is_roomy = not form.has_first_key and next_power_of_2(form.group) == form.group
-        tile, num_stages = (64, 3) if form.single_query or not is_roomy else (128, 3)
+        is_roomy = form.loads_ids_ahead(128) and not form.has_first_key and next_power_of_2(form.group) == form.group
+        tile, num_stages = (128, 3) if is_roomy else (64, 3)
     return AttentionTile(block_m, tile, num_warps, num_stages)

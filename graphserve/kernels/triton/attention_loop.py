@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from graphserve.kernels.triton.attention_form import AttentionForm, Part
+from graphserve.kernels.triton.attention_form import AttentionForm, AttentionTile, Part
 from graphserve.kernels.triton.kernel import TL_DTYPES
 
 E4M3_HELPER = '''
@@ -16,7 +16,6 @@ def e4m3_to_fp16(bits):
     rest = (bits & 0x7F).to(tl.uint16) << 7
     return (sign | rest).to(tl.float16, bitcast=True) * 256.0
 '''
-_NEXT_ID = "next_id = tl.load(block_table_ptr + table_row + next_key // BLOCK_SIZE, mask=next_key < seq_len, other=0)"
 
 
 def lacks_e4m3(target: str) -> bool:
@@ -29,46 +28,79 @@ def bits_are_converted(form: AttentionForm, target: str) -> bool:
     return form.cache_dtype == "float8_e4m3fn" and lacks_e4m3(target)
 
 
-def loops(form: AttentionForm, target: str) -> list[str]:
+def loops(form: AttentionForm, tile: AttentionTile, target: str) -> list[str]:
     """The loop over the tiles that need a mask, and before it the one over those that need none."""
     if not form.has_full_tiles:
-        text = [_loop(form, target, "first_tile", True)]
+        text = [_loop(form, tile, target, "first_tile", True)]
     else:
-        text = [_loop(form, target, "first_tile", False), _loop(form, target, "full_tile", True)]
-    if form.loads_ids_ahead:
-        text[0] = (
-            "# Block numbers are loaded a tile ahead: the copies of keys and values then wait for nothing.\n"
-            f"next_key = first_tile * TILE + tl.arange(0, TILE)\n{_NEXT_ID}\n{text[0]}"
-        )
-    return text
+        text = [_loop(form, tile, target, "first_tile", False), _loop(form, tile, target, "full_tile", True)]
+    return [_before_loops(form), *text] if form.loads_ids_ahead(tile.tile) else text
 
 
-def _loop(form: AttentionForm, target: str, first: str, masked: bool) -> str:
+def _before_loops(form: AttentionForm) -> str:
+    """What is the same for every tile: a tile starts with a block, so that its keys lie alike in their blocks."""
+    lines = [
+        "# A tile is whole blocks, whose numbers are loaded a tile ahead: copies of keys and values wait for nothing.",
+        "tile_key = tl.arange(0, TILE)",
+        "slot = (tile_key % BLOCK_SIZE)[:, None]",
+        "tile_table_ptr = block_table_ptr + table_row + tile_key // BLOCK_SIZE",
+    ]
+    for x, parts in _cached(form):
+        name = x.upper()
+        for i in range(len(parts)):
+            place = f"kv_head * {name}_HEAD_STRIDE + slot * {name}_TOKEN_STRIDE + {columns_of(x, i)}[None, :]"
+            lines.append(f"{x}_slot_ptr_{i} = {_name(form, x)} + ({place})")
+    return "\n".join([*lines, _next_ids("first_tile")])
+
+
+def _next_ids(tile: str) -> str:
+    inside = f"{tile} * TILE + tile_key < seq_len"
+    return f"next_id = tl.load(tile_table_ptr + {tile} * (TILE // BLOCK_SIZE), mask={inside}, other=0)"
+
+
+def _cached(form: AttentionForm) -> list[tuple[str, tuple[Part, ...]]]:
+    """What is read of a token, keys and values, with the parts of a head."""
+    return [("k", form.k_parts)] + [("v", form.v_parts)] * (not form.value_is_key_prefix)
+
+
+def _loop(form: AttentionForm, tile: AttentionTile, target: str, first: str, masked: bool) -> str:
     end = "last_tile" if masked else "full_tile"
-    body = [*_addresses(form, masked), *_scores(form, target, masked), *_accumulate(form, target, masked)]
+    addresses = _addresses_ahead(form, masked) if form.loads_ids_ahead(tile.tile) else _addresses(form, masked)
+    body = [*addresses, *_scores(form, tile, target, masked), *_accumulate(form, tile, target, masked)]
     # A tile or two need a mask where others need none: to have more of them in flight would only take registers.
     tiles = f"tl.range({first}, {end}, num_stages=2)" if masked and form.has_full_tiles else f"range({first}, {end})"
     return f"for tile in {tiles}:\n" + textwrap.indent("\n".join(body), "    ")
 
 
-def _addresses(form: AttentionForm, masked: bool) -> list[str]:
-    """Elements at which the tile's keys and values start."""
+def _key(form: AttentionForm, masked: bool) -> list[str]:
+    """Places of the tile's keys in the sequence, and which of them may be read."""
     lines = ["key = tile * TILE + tl.arange(0, TILE)"]
     if masked:
         is_key = "(key >= first_visible) & (key < seq_len)" if form.has_first_key else "key < seq_len"
         lines.append(f"is_key = {is_key}")
+    return lines
+
+
+def _addresses_ahead(form: AttentionForm, masked: bool) -> list[str]:
+    """Elements at which the tile's blocks start, whose numbers are there, and the next tile's numbers."""
+    blocks = [f"{x}_block = next_id.to(tl.int64)[:, None] * {x.upper()}_BLOCK_STRIDE" for x, _ in _cached(form)]
+    return [*(_key(form, masked) if masked or form.has_alibi else []), *blocks, _next_ids("(tile + 1)")]
+
+
+def _addresses(form: AttentionForm, masked: bool) -> list[str]:
+    """Elements at which the tile's keys and values start."""
+    lines = _key(form, masked)
     if not form.block_size:
         lines += ["key_token = (first_token + key).to(tl.int64)"]
         return lines + [
             f"{x}_row = key_token * {x.upper()}_TOKEN_STRIDE + kv_head * {x.upper()}_HEAD_STRIDE" for x in "kv"
         ]
-    if form.loads_ids_ahead:
-        lines += ["block_id = next_id.to(tl.int64)", "next_key = key + TILE", _NEXT_ID]
-    else:
-        mask = ", mask=is_key, other=0" if masked else ""
-        lines.append(f"block_id = tl.load(block_table_ptr + table_row + key // BLOCK_SIZE{mask}).to(tl.int64)")
-    lines.append("slot = key % BLOCK_SIZE")
-    for x in "k" if form.value_is_key_prefix else "kv":
+    mask = ", mask=is_key, other=0" if masked else ""
+    lines += [
+        f"block_id = tl.load(block_table_ptr + table_row + key // BLOCK_SIZE{mask}).to(tl.int64)",
+        "slot = key % BLOCK_SIZE",
+    ]
+    for x, _ in _cached(form):
         name = x.upper()
         lines.append(
             f"{x}_row = block_id * {name}_BLOCK_STRIDE + kv_head * {name}_HEAD_STRIDE + slot * {name}_TOKEN_STRIDE"
@@ -76,9 +108,9 @@ def _addresses(form: AttentionForm, masked: bool) -> list[str]:
     return lines
 
 
-def _scores(form: AttentionForm, target: str, masked: bool) -> list[str]:
+def _scores(form: AttentionForm, tile: AttentionTile, target: str, masked: bool) -> list[str]:
     """Scores of the tile in log-2 units, or, without soft cap and ALiBi, still to be multiplied by score_scale."""
-    lines = [f"k_{i} = {_load(form, target, 'k', i, part, masked)}" for i, part in enumerate(form.k_parts)]
+    lines = [f"k_{i} = {_load(form, tile, target, 'k', i, part, masked)}" for i, part in enumerate(form.k_parts)]
     for i in range(len(form.k_parts)):
         total = f", scores{_precision(form)}" if i else _precision(form)
         lines.append(f"scores = tl.dot(q_{i}, tl.trans(k_{i}){total})")
@@ -97,7 +129,7 @@ def _scores(form: AttentionForm, target: str, masked: bool) -> list[str]:
     return lines
 
 
-def _accumulate(form: AttentionForm, target: str, masked: bool) -> list[str]:
+def _accumulate(form: AttentionForm, tile: AttentionTile, target: str, masked: bool) -> list[str]:
     factor = "" if form.softcap or form.has_alibi else " * score_scale"
     lines = [f"new_max = tl.maximum(row_max, tl.max(scores, 1){factor})"]
     shift = "new_max"
@@ -116,16 +148,18 @@ def _accumulate(form: AttentionForm, target: str, masked: bool) -> list[str]:
         value = f"k_{i}"
         if not form.value_is_key_prefix:
             value = f"v_{i}"
-            lines.append(f"v_{i} = {_load(form, target, 'v', i, part, masked)}")
+            lines.append(f"v_{i} = {_load(form, tile, target, 'v', i, part, masked)}")
         lines.append(f"acc_{i} = tl.dot(weights, {value}, acc_{i} * correction[:, None]{_precision(form)})")
     return lines
 
 
-def _load(form: AttentionForm, target: str, x: str, index: int, part: Part, masked: bool) -> str:
+def _load(form: AttentionForm, tile: AttentionTile, target: str, x: str, index: int, part: Part, masked: bool) -> str:
     """A tile ``[TILE, width]`` of keys or values in the queries' dtype."""
     columns = columns_of(x, index)
     mask = element_mask("is_key[:, None]" if masked else "", part, columns, f"{x.upper()}_DIM")
     pointer = f"{_name(form, x)} + {x}_row[:, None] + {columns}[None, :]"
+    if form.loads_ids_ahead(tile.tile):
+        pointer = f"{x}_slot_ptr_{index} + {x}_block"
     zero = "0" if bits_are_converted(form, target) else "0.0"
     loaded = f"tl.load({pointer}, mask={mask}, other={zero})" if mask else f"tl.load({pointer})"
     if form.cache_dtype == form.dtype:

@@ -30,7 +30,7 @@ def attention_body(form: AttentionForm, tile: AttentionTile, target: str, table_
         _load_queries(form),
         _key_range(form),
         _accumulators(form),
-        *loops(form, target),
+        *loops(form, tile, target),
         _store_partial(form) if form.is_split else _store(form),
     ]
     return "\n\n".join(section.strip("\n") for section in sections if section.strip())
