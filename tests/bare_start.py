@@ -79,8 +79,8 @@ def bare_start(
 ) -> subprocess.CompletedProcess[str]:
     """``graphserve generate`` of the demo model with an empty PATH and HOME."""
     environment = {"HOME": str(home), "PATH": "/nowhere", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
-    if "LD_LIBRARY_PATH" in os.environ:  # in some containers only this says where the GPU's driver is
-        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+    # In some containers only these say where the GPU's driver and the packages are.
+    environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "PYTHONPATH") if name in os.environ}
     generate = ["generate", "--prompt", PROMPT, "--max-tokens", str(NUM_TOKENS), *options]
     command = [*prefix, sys.executable, "-c", _BLOCKED, *generate]
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
