@@ -1,8 +1,8 @@
 """Generated kernels at an 8B Llama's shapes in bf16, beside the library call a user would pick.
 
-What is bound by memory is replayed from a graph over sets of tensors in turn that no L2 cache holds together: it is cold
-as in a step. What is bound by arithmetic is timed alone, as the rate is to which it is compared: run back to back, both
-slow down as the device warms.
+What is bound by memory is replayed from a graph over sets of tensors in turn that no L2 cache holds together: it is
+cold as in a step. What is bound by arithmetic is timed alone, as the rate is to which it is compared: run back to back,
+both slow down as the device warms.
 """
 
 from __future__ import annotations
