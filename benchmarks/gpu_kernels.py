@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_timing import capture_stream, graph_us, median_us
-from graphserve.kernels import register_all
+from graphserve.kernels import register_all, sampling
 from graphserve.kernels.arg_spec import ArgSpec, Refusal
+from graphserve.kernels.sampling_rules import GROUP
 from graphserve.kernels.triton import TritonKernel, generate
 from tests.gpu.device_kernels import DeviceKernels
 
@@ -160,6 +161,50 @@ def greedy_tokens() -> Measured:
                     num_bytes=2 * logits.numel(), library=("torch.argmax", lambda: logits.argmax(-1)))  # fmt: skip
 
 
+def process_logits(dtype: torch.dtype) -> Measured:
+    """Temperature, and lists of token ids of which every row's is empty, as a step has them."""
+    logits = (randn(64, VOCAB) * 3).to(dtype)
+    starts = torch.zeros(65, dtype=torch.int32, device="cuda")
+    ids = torch.zeros(1024, dtype=torch.int32, device="cuda")
+    counts, one = ids.float(), torch.ones(64, device="cuda")
+    args = [logits, one, None, None, None, starts, ids, starts, ids, counts, starts, ids, one]
+    args += [starts, ids, counts, one, one]
+    dynamic: dict[tuple[int | str, int], str] = {(i, 0): "R+1" for i in (5, 7, 10, 13)}
+    dynamic |= {(i, 0): "R" for i in (0, 1, 12, 16, 17, "out")}
+    outputs = [torch.empty(64, VOCAB, device="cuda"), torch.empty(64, -(-VOCAB // GROUP), device="cuda")]
+    return Measured("process_logits", {}, args, outputs, dynamic, {"T": 64, "R": 64, "S": 64},
+                    num_bytes=logits.nbytes + sum(o.nbytes for o in outputs))  # fmt: skip
+
+
+def limited_scores(top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Scores, the largest of each group, and the limits of 64 rows."""
+    scores = torch.randn(64, VOCAB, device="cuda") * 3
+    group_max = F.pad(scores, (0, -VOCAB % GROUP), value=-torch.inf).view(64, -1, GROUP).amax(-1)
+    limits = [torch.full((64,), value, device="cuda") for value in (top_k, top_p, min_p)]
+    return scores, group_max, [limits[0], limits[1], limits[2].log()]
+
+
+def sampling_cut(top_k: int, top_p: float, min_p: float) -> Measured:
+    """The rate is that of the whole rows, of which top-k reads a part."""
+    scores, group_max, limits = limited_scores(top_k, top_p, min_p)
+    outputs = [torch.empty(64, device="cuda") for _ in range(2)]
+    dynamic: dict[tuple[int | str, int], str] = {(i, 0): "R" for i in (0, 1, 2, 3, 4, "out")}
+    return Measured("sampling_cut", {}, [scores, group_max, *limits], outputs, dynamic, {"T": 64, "R": 64, "S": 64},
+                    num_bytes=scores.nbytes)  # fmt: skip
+
+
+def sample_tokens(top_k: int, top_p: float, min_p: float) -> Measured:
+    """The rate is that of the whole rows, of which only groups that keep something are read."""
+    scores, group_max, limits = limited_scores(top_k, top_p, min_p)
+    row_max, cut = sampling.sampling_cut(scores, group_max, *limits)
+    keys = torch.randint(-(2**31), 2**31, (64, 2), device="cuda").int()
+    args = [scores, group_max, row_max, cut, torch.ones(64, device="cuda"), keys]
+    out = torch.empty(64, dtype=torch.int64, device="cuda")
+    dynamic: dict[tuple[int | str, int], str] = {(i, 0): "R" for i in (0, 1, 2, 3, 4, 5, "out")}
+    return Measured("sample_tokens", {}, args, [out], dynamic, {"T": 64, "R": 64, "S": 64},
+                    num_bytes=scores.nbytes)  # fmt: skip
+
+
 MEASURED: dict[str, Callable[[], Measured]] = {
     "rms_norm 8192x4096": rms_norm,
     "add_rms_norm 8192x4096": add_rms_norm,
@@ -176,6 +221,12 @@ MEASURED: dict[str, Callable[[], Measured]] = {
     "attention decode 1x4096, 16 segments": lambda: attention(1, 1, 4096, max_query_len=1, segments=16),
     "attention prefill 1x8192": lambda: attention(1, 8192, 8192),
     "greedy_tokens 64x128256": greedy_tokens,
+    "process_logits 64x128256, bf16": lambda: process_logits(torch.bfloat16),
+    "process_logits 64x128256, fp32": lambda: process_logits(torch.float32),
+    "sampling_cut 64x128256, top-k 50, top-p 0.9, min-p 0.01": lambda: sampling_cut(50, 0.9, 0.01),
+    "sampling_cut 64x128256, top-p 0.9": lambda: sampling_cut(0, 0.9, 0.0),
+    "sample_tokens 64x128256, top-k 50, top-p 0.9, min-p 0.01": lambda: sample_tokens(50, 0.9, 0.01),
+    "sample_tokens 64x128256, all kept": lambda: sample_tokens(0, 1.0, 0.0),
 }
 
 

@@ -225,11 +225,14 @@ def sampling_cut(
     return row_max, torch.where(top_p < 1.0, torch.minimum(cut, last), cut)
 
 
-def sample_tokens(scores: Tensor, row_max: Tensor, cut: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
+def sample_tokens(
+    scores: Tensor, group_max: Tensor, row_max: Tensor, cut: Tensor, temperature: Tensor, keys: Tensor
+) -> Tensor:
     """Draw a token from the softmax of each row's kept scores, or take the most likely one.
 
     Args:
         scores: ``[R, V]`` float32, already divided by the temperature.
+        group_max: ``[R, ceil(V / GROUP)]`` float32, not read here: kernels skip groups of which nothing is kept.
         row_max: ``[R]`` float32, the largest score.
         cut: ``[R]`` float32, the largest distance from it that is kept.
         temperature: ``[R]`` float32, 0 for a greedy row.
@@ -309,7 +312,8 @@ register(
     _fake_sampling_cut,
 )
 register(
-    "sample_tokens(Tensor scores, Tensor row_max, Tensor cut, Tensor temperature, Tensor keys) -> Tensor",
+    "sample_tokens(Tensor scores, Tensor group_max, Tensor row_max, Tensor cut, Tensor temperature, Tensor keys)"
+    " -> Tensor",
     sample_tokens,
     _fake_tokens,
 )

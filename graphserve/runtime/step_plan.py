@@ -177,12 +177,10 @@ def _sample(step: _Writer) -> None:
     """``step.tokens`` from ``step.scores``."""
     limits = [_value(f"step.{name}") for name in ("top_k", "top_p", "log_min_p")]
     rows = TensorSpec(("R",), "float32")
-    scores = _value("step.scores")
-    step.launch(
-        "sampling_cut", [scores, _value("step.scores_group_max"), *limits], {"step.row_max": rows, "step.cut": rows}
-    )
+    scores = [_value("step.scores"), _value("step.scores_group_max")]
+    step.launch("sampling_cut", [*scores, *limits], {"step.row_max": rows, "step.cut": rows})
     drawn = [_value(f"step.{name}") for name in ("row_max", "cut", "temperature", "keys")]
-    step.launch("sample_tokens", [scores, *drawn], {"step.tokens": TensorSpec(("R",), "int64")})
+    step.launch("sample_tokens", [*scores, *drawn], {"step.tokens": TensorSpec(("R",), "int64")})
 
 
 def _list_arguments() -> list[Any]:

@@ -203,7 +203,9 @@ def sample_case(rows: int, vocab: int) -> Case:
     scores = drawn(rows, vocab) * 3
     keys = torch.randint(-(2**31), 2**31, (rows, 2), generator=torch.Generator().manual_seed(9)).to(torch.int32)
     temperature = (torch.arange(rows) % 2).float()
-    return _row_case("sample_tokens", [scores, scores.amax(-1), torch.full((rows,), 6.0), temperature, keys])
+    group_max = sampling.process_logits(scores, *[None] * 17)[1]
+    limits = [scores.amax(-1), torch.full((rows,), 6.0)]
+    return _row_case("sample_tokens", [scores, group_max, *limits, temperature, keys])
 
 
 def greedy_case(rows: int, vocab: int, dtype: str) -> Case:

@@ -136,7 +136,7 @@ def test_draws_follow_the_exact_distribution(options):
     top_k, top_p = torch.full((rows,), wanted["top_k"]), torch.full((rows,), wanted["top_p"])
     log_min_p = torch.full((rows,), wanted["min_p"]).log()
     row_max, cut = torch.ops.gs.sampling_cut(scores, group_max, top_k, top_p, log_min_p)
-    tokens = torch.ops.gs.sample_tokens(scores, row_max, cut, temperature, keys_of(rows, 3))
+    tokens = torch.ops.gs.sample_tokens(scores, group_max, row_max, cut, temperature, keys_of(rows, 3))
     assert_distribution(tokens.tolist(), kept_probabilities(logits, **wanted))
 
 
@@ -149,7 +149,7 @@ def test_the_ops_sample_what_the_sampler_samples():
     keys = keys_of(rows, 5)
     scores, group_max = torch.ops.gs.process_logits(logits, temperature, *NOTHING)
     row_max, cut = torch.ops.gs.sampling_cut(scores, group_max, top_k, top_p, log_min_p)
-    tokens = torch.ops.gs.sample_tokens(scores, row_max, cut, temperature, keys)
+    tokens = torch.ops.gs.sample_tokens(scores, group_max, row_max, cut, temperature, keys)
     step = step_input.SamplingInput(
         rows,
         is_greedy=False,
@@ -172,7 +172,7 @@ def test_rows_without_a_possible_token_are_marked():
     keep_all = (torch.zeros(4, dtype=torch.int64), torch.ones(4), torch.full((4,), -torch.inf))
     for limits in (keep_all, (torch.full((4,), 2), torch.full((4,), 0.5), keep_all[2])):
         row_max, cut = sampling_cut(scores, None, *limits)
-        tokens = sampling.sample_tokens(scores, row_max, cut, temperature, keys_of(4)).tolist()
+        tokens = sampling.sample_tokens(scores, None, row_max, cut, temperature, keys_of(4)).tolist()
         assert tokens[:2] == [INVALID_TOKEN] * 2 and 0 <= tokens[2] < 5 and tokens[3] == 3
     assert sampling.greedy_tokens(scores).tolist() == [INVALID_TOKEN, INVALID_TOKEN, 0, 3]
 
@@ -240,7 +240,10 @@ def test_shapes_are_known_without_computing():
     calls = [
         (torch.ops.gs.process_logits, (scores.to(torch.bfloat16), rows, *NOTHING)),
         (torch.ops.gs.sampling_cut, (scores, torch.randn(3, 3), torch.ones(3, dtype=torch.int64), rows, rows)),
-        (torch.ops.gs.sample_tokens, (scores, rows, rows, rows, torch.ones(3, 2, dtype=torch.int32))),
+        (
+            torch.ops.gs.sample_tokens,
+            (scores, torch.randn(3, 3), rows, rows, rows, torch.ones(3, 2, dtype=torch.int32)),
+        ),
         (torch.ops.gs.greedy_tokens, (scores,)),
         (torch.ops.gs.top_logprobs, (scores, torch.zeros(3, dtype=torch.int64), 4)),
     ]

@@ -1,25 +1,36 @@
 """``sampling_cut``: what top-k, top-p and min-p keep, found by search instead of a sort.
 
 One program a row looks for the largest distance at which the tokens that lie nearer do not yet reach a target: their
-number for top-k, their mass for top-p. It sets the bits of that distance from the highest to the lowest one; each asks
-for one sum. Three things keep the sums short. The largest scores of groups of neighbours are tokens too, so the same
-search over them alone bounds the answer. Only tokens within the bound are copied to scratch memory and searched. And a
-program keeps the first ones of them in registers. Masses are integers, so sums do not depend on their order.
+number for top-k, their mass for top-p. It sets the bits of that distance from the highest to the lowest one, two a
+step; a step sums what lies before each value of its bits at once. Three things keep the sums short. The answer is
+bounded first: for top-k by the same search over the largest scores of groups of neighbours, which are tokens too; for
+top-p alone, which reads the whole row for its mass, by the mass within a few fixed distances. Only groups that reach
+into the bound are read, and only their tokens within it are copied to scratch memory and searched. And a program keeps
+the first ones of them in registers. Masses are integers, so sums do not depend on their order.
 """
 
 from __future__ import annotations
 
 from graphserve.kernels.arg_spec import Call
+from graphserve.kernels.sampling_rules import GROUP
 from graphserve.kernels.triton.kernel import KernelText, TritonKernel
 from graphserve.kernels.triton.sampler_text import DISTANCE, TOKEN_MASS, Vocabulary, require_shape
 
-_CHUNK = 2048  # tokens that a search holds in registers; typical top-k and top-p leave fewer
-_NUM_WARPS = 16
+_CHUNK = 1024  # tokens that a search holds in registers; typical top-k and top-p leave fewer
+_GROUPS_AT_ONCE = 16  # whose tokens are read in one step
+_NUM_WARPS = 8
+_STEP_BITS = 2
+_NUM_EDGES = 4  # distances 1, 4, 9 and infinity, the mass within which tells top-p alone what to search
 
 _SEARCH = """
 @triton.jit
 def amounts(code, IS_MASS: tl.constexpr):
-    return token_mass(tl.minimum(code, INFINITY_CODE)) if IS_MASS else tl.full(code.shape, 1, tl.int64)
+    return token_mass(tl.minimum(code, INFINITY_CODE)) if IS_MASS else tl.full(code.shape, 1, tl.int32)
+
+
+@triton.jit
+def sums_before(code, amount, tried):
+    return tl.sum(tl.where(code[None, :] < tried[:, None], amount[None, :], 0), axis=1)
 
 
 @triton.jit
@@ -28,14 +39,15 @@ def search(codes, count, target, IS_MASS: tl.constexpr):
     place = tl.arange(0, CHUNK)
     held = tl.load(codes + place, mask=place < count, other=NO_CODE)
     held_amounts = amounts(held, IS_MASS)
+    digit = tl.arange(0, DIGITS).to(tl.int64)
     found = 0
-    for step in range(31):
-        tried = found | (1 << (30 - step))
-        before = tl.sum(tl.where(held < tried, held_amounts, 0), axis=0)
+    for step in range(NUM_STEPS):
+        tried = tl.minimum(found + (digit << (STEP_BITS * (NUM_STEPS - 1 - step))), NO_CODE).to(tl.int32)
+        before = sums_before(held, held_amounts, tried)
         for at in range(CHUNK, count, CHUNK):
             code = tl.load(codes + at + place, mask=at + place < count, other=NO_CODE)
-            before += tl.sum(tl.where(code < tried, amounts(code, IS_MASS), 0), axis=0)
-        found = tl.where(before < target, tried, found)
+            before += sums_before(code, amounts(code, IS_MASS), tried)
+        found = tl.max(tl.where(before < target, tried, 0), axis=0)
     return found
 
 
@@ -58,7 +70,8 @@ def top_p_target(top_p, total):
 _BODY = """
 row = tl.program_id(0).to(tl.int64)
 scores = scores_ptr + row * ROW_STRIDE
-codes = codes_ptr + row * V
+codes = codes_ptr + row * (V + GROUPS)
+near_groups = codes + V
 group = tl.arange(0, GROUPS_BLOCK)
 peak = tl.load(group_max_ptr + row * GROUPS + group, mask=group < GROUPS, other=-float("inf"))
 has_nan = tl.max((peak != peak).to(tl.int32), axis=0) > 0
@@ -75,28 +88,38 @@ if has_top_k | has_top_p:
     bound = cut
     target = tl.full((), 0, tl.int64)
     if has_top_k:
-        bound = tl.minimum(bound, search(codes, GROUPS, top_k.to(tl.int64), False))
+        bound = tl.minimum(bound, search(codes, GROUPS, top_k, False))
     else:
-        total = tl.full((), 0, tl.int64)
-        for at in range(0, V, BLOCK):
-            column = at + tl.arange(0, BLOCK)
+        edge = tl.arange(0, NUM_EDGES) + 1
+        square = (edge * edge).to(tl.float32).to(tl.int32, bitcast=True)
+        square = tl.where(edge < NUM_EDGES, square, NO_CODE)
+        masses = tl.zeros([NUM_EDGES], tl.int64)
+        for at in range(0, V, GROUPS_AT_ONCE * GROUP):
+            column = at + tl.arange(0, GROUPS_AT_ONCE * GROUP)
             score = tl.load(scores + column, mask=column < V, other=-float("inf"))
             code = distance_below(top, score).to(tl.int32, bitcast=True)
-            total += tl.sum(tl.where(code <= cut, token_mass(code), 0), axis=0)
-        target = top_p_target(top_p, total)
-        bound = tl.minimum(bound, search(codes, GROUPS, target, True))
+            masses += sums_before(code, tl.where(code <= cut, token_mass(code), 0), square)
+        target = top_p_target(top_p, tl.max(masses, axis=0))
+        bound = tl.minimum(bound, tl.min(tl.where(masses >= target, square, NO_CODE), axis=0))
+    nearest = tl.load(codes + group, mask=group < GROUPS, other=NO_CODE)
+    is_near_group = ((nearest <= bound) & (group < GROUPS)).to(tl.int32)
+    tl.store(near_groups + tl.cumsum(is_near_group, axis=0) - 1, group, mask=is_near_group > 0)
+    num_near = tl.sum(is_near_group, axis=0)
     tl.debug_barrier()
     count = 0
-    for at in range(0, V, BLOCK):
-        column = at + tl.arange(0, BLOCK)
+    for at in range(0, num_near, GROUPS_AT_ONCE):
+        place = at + tl.arange(0, GROUPS_AT_ONCE)
+        read = tl.load(near_groups + place, mask=place < num_near, other=GROUPS)
+        column = read[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         score = tl.load(scores + column, mask=column < V, other=-float("inf"))
         code = distance_below(top, score).to(tl.int32, bitcast=True)
-        is_near = ((code <= bound) & (column < V)).to(tl.int32)
+        code = tl.ravel(tl.where(column < V, code, NO_CODE))
+        is_near = (code <= bound).to(tl.int32)
         tl.store(codes + count + tl.cumsum(is_near, axis=0) - 1, code, mask=is_near > 0)
         count += tl.sum(is_near, axis=0)
     tl.debug_barrier()
     if has_top_k:
-        cut = tl.minimum(cut, search(codes, count, top_k.to(tl.int64), False))
+        cut = tl.minimum(cut, search(codes, count, top_k, False))
         if has_top_p:
             target = top_p_target(top_p, mass_within(codes, count, cut))
     if has_top_p:
@@ -131,7 +154,9 @@ def sampling_cut(call: Call, target: str) -> TritonKernel:
         text.output(f"{name}_ptr", index)
     text.scratch("codes_ptr", "int32")
     groups_block = max(16, 1 << (groups - 1).bit_length())
-    text.constants(GROUPS=groups, GROUPS_BLOCK=groups_block, CHUNK=_CHUNK, NO_CODE=0x7FFFFFFF, INFINITY_CODE=0x7F800000)
+    text.constants(GROUP=GROUP, GROUPS=groups, GROUPS_BLOCK=groups_block, GROUPS_AT_ONCE=_GROUPS_AT_ONCE, CHUNK=_CHUNK)
+    text.constants(STEP_BITS=_STEP_BITS, DIGITS=1 << _STEP_BITS, NUM_STEPS=-(-31 // _STEP_BITS), NUM_EDGES=_NUM_EDGES)
+    text.constants(NO_CODE=0x7FFFFFFF, INFINITY_CODE=0x7F800000)
     for helper in (DISTANCE, TOKEN_MASS, _SEARCH):
         text.helper(helper)
-    return text.build(_BODY, (rows, 1, 1), _NUM_WARPS, scratch=f"4*{vocabulary.size}*({rows})")
+    return text.build(_BODY, (rows, 1, 1), _NUM_WARPS, scratch=f"{4 * (vocabulary.size + groups)}*({rows})")

@@ -6,6 +6,8 @@ lie in its block, one list after the other. A list that the launch does not have
 
 from __future__ import annotations
 
+import textwrap
+
 from graphserve.kernels.arg_spec import Call
 from graphserve.kernels.sampling_rules import GROUP
 from graphserve.kernels.triton.kernel import KernelText, TritonKernel, require_float
@@ -28,7 +30,8 @@ words = bitmask_ptr + row * WORDS
 word = tl.load(words + column // 32, mask=inside, other=0)
 x = tl.where(((word >> (column % 32)) & 1) != 0, x, -float("inf"))
 """
-# Scores hold the block's values while lists change them in memory, where any thread can reach any token.
+# Scores hold the block's values while lists change them in memory, where any thread can reach any token. Most rows have
+# no list: theirs stay in registers.
 _SPILL = """
 tl.store(scores + column, x, mask=inside)
 """
@@ -115,11 +118,12 @@ def process_logits(call: Call, target: str) -> TritonKernel:
         text.pointer("bitmask_ptr", 2)
         lines.append(_BITMASK)
     changes = _lists(call, text, rows, bitmask is not None)
-    if "allowed" in changes:
-        lines.append(_RESTRICT)
     if changes:
         text.constants(LIST=_LIST_TOKENS)
-        lines += [_SPILL, *changes.values(), _RELOAD]
+        restrict = [_RESTRICT] if "allowed" in changes else []
+        lengths = [f"(tl.load({n}_starts_ptr + row + 1) > tl.load({n}_starts_ptr + row))" for n in changes]
+        lines.append(f"if {' | '.join(lengths)}:")
+        lines.append(textwrap.indent("".join([*restrict, _SPILL, *changes.values(), _RELOAD]), "    "))
     if temperature is not None:
         lines.append(_TEMPERATURE)
     require_shape(call.outputs[0], "scores", "float32", (rows, vocabulary.size))

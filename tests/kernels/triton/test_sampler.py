@@ -15,7 +15,7 @@ from triton_kernel_cases import DEFAULT_TARGET, FULL_TARGETS, Case, check_budget
 from graphserve.kernels import sampling
 from graphserve.kernels.arg_spec import ArgSpec, Call, Refusal
 from graphserve.kernels.sampling_rules import GROUP, hash_bits
-from graphserve.kernels.triton import TritonKernel, generate, sampler_cut, sampler_logits, sampler_text
+from graphserve.kernels.triton import TritonKernel, generate, sampler_cut, sampler_draw, sampler_logits, sampler_text
 from graphserve.kernels.triton.kernel import KernelText
 
 # The interpreter casts without checking; a NaN that a mask drops later is cast like any other value.
@@ -30,7 +30,15 @@ def small_blocks(monkeypatch):
     """Splits a vocabulary of a few hundred tokens over several programs, chunks and steps."""
     monkeypatch.setattr(sampler_text, "BLOCK_TOKENS", GROUP)
     monkeypatch.setattr(sampler_cut, "_CHUNK", 64)
+    monkeypatch.setattr(sampler_cut, "_GROUPS_AT_ONCE", 2)
     monkeypatch.setattr(sampler_logits, "_LIST_TOKENS", 16)
+
+
+@pytest.fixture
+def blocks_of_four_groups(small_blocks, monkeypatch):
+    """A block has more groups than are drawn from in one step."""
+    monkeypatch.setattr(sampler_text, "BLOCK_TOKENS", 4 * GROUP)
+    monkeypatch.setattr(sampler_draw, "_GROUPS_AT_ONCE", 2)
 
 
 def case(op, args, attrs=None):
@@ -151,6 +159,52 @@ def test_flat_rows_overflow_the_registers_of_the_search(small_blocks):
     assert torch.equal(distance <= cut[:, None], kept)
 
 
+def edge_rows(vocab):
+    """Scores of rows that reach each way through the search."""
+    generator = torch.Generator().manual_seed(vocab)
+    scores = torch.randn(8, vocab, generator=generator) * 3
+    scores[1] = 2.5  # every token ties, so every group is near
+    scores[2, 130:150] += 40  # one group holds all that is near
+    scores[3] = torch.where(torch.arange(vocab) % 100 == 7, 20.0, scores[3])  # ties in several groups
+    scores[4, : vocab - 1] = -torch.inf  # only the last token, of a group that is not full
+    scores[5, vocab // 2] = torch.nan
+    scores[6] = -torch.inf
+    scores[7, vocab - 1] = torch.inf
+    return scores
+
+
+@pytest.mark.parametrize("vocab", [897, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "limits",
+    [(1, 1.0), (2, 1.0), (-1, 1.0), (-1, 0.7), (0, 1e-9), (0, 0.5), (0, 1 - 2**-24), (30, 0.9), (30, 1e-9)],
+    ids=str,
+)
+def test_the_cut_and_the_draw_at_their_edges(blocks_of_four_groups, vocab, limits):
+    """Top-k of -1 stands for all tokens but one."""
+    scores = edge_rows(vocab)
+    rows = len(scores)
+    group_max = sampling.process_logits(scores, *[None] * 17)[1]
+    top_k = torch.full((rows,), limits[0] % vocab)
+    launch = case("sampling_cut", [scores, group_max, top_k, torch.full((rows,), limits[1]), torch.zeros(rows).log()])
+    (row_max, cut), (expected_max, expected) = launch.run(), launch.expected()
+    assert torch.equal(row_max.nan_to_num(nan=99.0), expected_max.nan_to_num(nan=99.0))
+    distance = sampling.distances(scores)[1]
+    possible = row_max > -torch.inf
+    assert torch.equal((distance <= cut[:, None])[possible], (distance <= expected[:, None])[possible])
+    draw = case("sample_tokens", [scores, group_max, row_max, cut, torch.ones(rows), keys_of(rows, vocab)])
+    draw.check()
+    assert draw.run()[0][5:].tolist() == [-1, -1, vocab - 1]
+
+
+def test_noise_is_drawn_for_every_group_when_nothing_is_cut(blocks_of_four_groups):
+    scores = torch.randn(6, 1100, generator=torch.Generator().manual_seed(4)) * 0.1
+    group_max = sampling.process_logits(scores, *[None] * 17)[1]
+    limits = [scores.amax(-1), torch.full((6,), torch.inf)]
+    launch = case("sample_tokens", [scores, group_max, *limits, torch.tensor([0.0, *[1.0] * 5]), keys_of(6, 11)])
+    launch.check()
+    assert len(set((launch.run()[0] // GROUP).tolist())) > 3, "tokens of several groups are drawn"
+
+
 def interpreted_noise(ids, key):
     """Bits and noise of the kernel's own functions."""
     from graphserve.kernels.triton.compile import interpret
@@ -204,7 +258,7 @@ def draw_case(rows, vocab, seed=0):
     temperature = torch.tensor([0.0, 1.0, 0.5, 2.0]).repeat(rows)[:rows]
     scores, group_max = sampling.process_logits(logits, temperature, *NOTHING)
     row_max, cut = sampling.sampling_cut(scores, group_max, *random_limits(generator, rows, vocab))
-    return case("sample_tokens", [scores, row_max, cut, temperature, keys_of(rows, 2)])
+    return case("sample_tokens", [scores, group_max, row_max, cut, temperature, keys_of(rows, 2)])
 
 
 @pytest.mark.parametrize("vocab", [1, 100, 300])
@@ -218,8 +272,10 @@ def test_impossible_rows_and_infinite_logits(small_blocks):
     group_max = sampling.process_logits(scores, *[None] * 17)[1]
     limits = [torch.tensor([3, 3, 3, 3, 3]), torch.full((5,), 0.5), torch.full((5,), -torch.inf)]
     row_max, cut = case("sampling_cut", [scores, group_max, *limits]).run()
-    [tokens] = case("sample_tokens", [scores, row_max, cut, torch.ones(5), keys_of(5)]).run()
-    assert tokens.tolist() == sampling.sample_tokens(scores, row_max, cut, torch.ones(5), keys_of(5)).tolist()
+    [tokens] = case("sample_tokens", [scores, group_max, row_max, cut, torch.ones(5), keys_of(5)]).run()
+    assert (
+        tokens.tolist() == sampling.sample_tokens(scores, group_max, row_max, cut, torch.ones(5), keys_of(5)).tolist()
+    )
     assert tokens.tolist()[:2] == [-1, -1] and tokens[3] == 130 and tokens[4] >= 129
     [greedy] = case("greedy_tokens", [scores]).run()
     assert greedy.tolist() == [-1, -1, 0, 130, 129]
@@ -251,7 +307,7 @@ def pipeline(logits, temperature, limits, keys):
     """Tokens from logits, every kernel in the interpreter."""
     scores, group_max = case("process_logits", [logits, temperature, *NOTHING]).run()
     row_max, cut = case("sampling_cut", [scores, group_max, *limits]).run()
-    return case("sample_tokens", [scores, row_max, cut, temperature, keys]).run()[0]
+    return case("sample_tokens", [scores, group_max, row_max, cut, temperature, keys]).run()[0]
 
 
 def test_fixed_logits_in_permuted_batches_give_identical_tokens(small_blocks):
@@ -279,7 +335,7 @@ def test_kernels_draw_from_the_exact_distribution(options):
     scores, group_max = case("process_logits", [*one_row, *NOTHING]).run()
     limits = [torch.tensor([wanted["top_k"]]), torch.tensor([wanted["top_p"]]), torch.tensor([wanted["min_p"]]).log()]
     row_max, cut = case("sampling_cut", [scores, group_max, *limits]).run()
-    repeated = [x.repeat(rows, *[1] * (x.dim() - 1)) for x in (scores, row_max, cut, one_row[1])]
+    repeated = [x.repeat(rows, *[1] * (x.dim() - 1)) for x in (scores, group_max, row_max, cut, one_row[1])]
     [tokens] = case("sample_tokens", [*repeated, keys_of(rows, 7)]).run()
     assert_distribution(tokens.tolist(), kept_probabilities(logits, **wanted))
 
@@ -300,7 +356,7 @@ def serving_kernels(name, target=DEFAULT_TARGET, vocab=QWEN_VOCAB):
             [scores, F32("R", groups)],
         ),
         "sampling_cut": ([scores, F32("R", groups), I64("R"), rows, rows], [rows, rows]),
-        "sample_tokens": ([scores, rows, rows, rows, I32("R", 2)], [I64("R")]),
+        "sample_tokens": ([scores, F32("R", groups), rows, rows, rows, I32("R", 2)], [I64("R")]),
         "greedy_tokens": ([logits], [I64("R")]),
         "top_logprobs": ([logits, I64("R")], [I64("R", 21), F32("R", 21), I64("R")]),
     }
@@ -352,7 +408,7 @@ def test_grids_and_scratch_depend_on_the_bucket_alone():
     [
         ("sampling_cut", (2, I32("R")), "top_k is int32 .*: contiguous int64"),
         ("sampling_cut", (1, F32("R", 3)), r"group_max is float32 \['R', 3\]"),
-        ("sample_tokens", (4, ArgSpec("int32", ("R", 2), (4, 1))), "keys is .* with strides"),
+        ("sample_tokens", (5, ArgSpec("int32", ("R", 2), (4, 1))), "keys is .* with strides"),
         ("greedy_tokens", (0, I64("R", 100)), "logits is int64: this kernel takes"),
         ("greedy_tokens", (0, F32("R", 2**21)), "at most 1048576 tokens"),
         ("greedy_tokens", (0, F32("R", "T")), "must be a constant"),
@@ -362,7 +418,7 @@ def test_grids_and_scratch_depend_on_the_bucket_alone():
 def test_launches_that_are_not_covered_are_refused(op, change, reason):
     specs = {
         "sampling_cut": ([F32("R", 500), F32("R", 4), I64("R"), F32("R"), F32("R")], [F32("R"), F32("R")]),
-        "sample_tokens": ([F32("R", 500), F32("R"), F32("R"), F32("R"), I32("R", 2)], [I64("R")]),
+        "sample_tokens": ([F32("R", 500), F32("R", 4), *[F32("R")] * 3, I32("R", 2)], [I64("R")]),
         "greedy_tokens": ([F32("R", 500)], [I64("R")]),
     }
     args, outputs = specs[op]
@@ -385,7 +441,8 @@ def test_generating_imports_neither_triton_nor_torch():
         "import sys; from graphserve.kernels.triton import generate;"
         "from graphserve.kernels.arg_spec import ArgSpec as A;"
         "row = A('float32', ('R',)); scores = A('float32', ('R', 300)); keys = A('int32', ('R', 2));"
-        "k = generate('sample_tokens', {}, [scores, row, row, row, keys], [A('int64', ('R',))], 'cuda:90');"
+        "groups = A('float32', ('R', 3));"
+        "k = generate('sample_tokens', {}, [scores, groups, row, row, row, keys], [A('int64', ('R',))], 'cuda:90');"
         "assert len(k) == 2, k; bad = {'triton', 'torch'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
