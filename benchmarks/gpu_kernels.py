@@ -176,17 +176,17 @@ def process_logits(dtype: torch.dtype) -> Measured:
                     num_bytes=logits.nbytes + sum(o.nbytes for o in outputs))  # fmt: skip
 
 
-def limited_scores(top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+def limited_scores(top_k: int, top_p: float, min_p: float, spread: float) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Scores, the largest of each group, and the limits of 64 rows."""
-    scores = torch.randn(64, VOCAB, device="cuda") * 3
+    scores = torch.randn(64, VOCAB, device="cuda") * spread
     group_max = F.pad(scores, (0, -VOCAB % GROUP), value=-torch.inf).view(64, -1, GROUP).amax(-1)
     limits = [torch.full((64,), value, device="cuda") for value in (top_k, top_p, min_p)]
     return scores, group_max, [limits[0], limits[1], limits[2].log()]
 
 
-def sampling_cut(top_k: int, top_p: float, min_p: float) -> Measured:
+def sampling_cut(top_k: int, top_p: float, min_p: float, spread: float = 3.0) -> Measured:
     """The rate is that of the whole rows, of which top-k reads a part."""
-    scores, group_max, limits = limited_scores(top_k, top_p, min_p)
+    scores, group_max, limits = limited_scores(top_k, top_p, min_p, spread)
     outputs = [torch.empty(64, device="cuda") for _ in range(2)]
     dynamic: dict[tuple[int | str, int], str] = {(i, 0): "R" for i in (0, 1, 2, 3, 4, "out")}
     return Measured("sampling_cut", {}, [scores, group_max, *limits], outputs, dynamic, {"T": 64, "R": 64, "S": 64},
@@ -195,7 +195,7 @@ def sampling_cut(top_k: int, top_p: float, min_p: float) -> Measured:
 
 def sample_tokens(top_k: int, top_p: float, min_p: float) -> Measured:
     """The rate is that of the whole rows, of which only groups that keep something are read."""
-    scores, group_max, limits = limited_scores(top_k, top_p, min_p)
+    scores, group_max, limits = limited_scores(top_k, top_p, min_p, spread=3.0)
     row_max, cut = sampling.sampling_cut(scores, group_max, *limits)
     keys = torch.randint(-(2**31), 2**31, (64, 2), device="cuda").int()
     args = [scores, group_max, row_max, cut, torch.ones(64, device="cuda"), keys]
@@ -225,6 +225,7 @@ MEASURED: dict[str, Callable[[], Measured]] = {
     "process_logits 64x128256, fp32": lambda: process_logits(torch.float32),
     "sampling_cut 64x128256, top-k 50, top-p 0.9, min-p 0.01": lambda: sampling_cut(50, 0.9, 0.01),
     "sampling_cut 64x128256, top-p 0.9": lambda: sampling_cut(0, 0.9, 0.0),
+    "sampling_cut 64x128256, top-p 0.9, nearly equal scores": lambda: sampling_cut(0, 0.9, 0.0, spread=0.1),
     "sample_tokens 64x128256, top-k 50, top-p 0.9, min-p 0.01": lambda: sample_tokens(50, 0.9, 0.01),
     "sample_tokens 64x128256, all kept": lambda: sample_tokens(0, 1.0, 0.0),
 }

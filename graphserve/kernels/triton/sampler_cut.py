@@ -16,7 +16,8 @@ from graphserve.kernels.sampling_rules import GROUP
 from graphserve.kernels.triton.kernel import KernelText, TritonKernel
 from graphserve.kernels.triton.sampler_text import DISTANCE, TOKEN_MASS, Vocabulary, require_shape
 
-_CHUNK = 1024  # tokens that a search holds in registers; typical top-k and top-p leave fewer
+_FEW = 1024  # tokens that a search holds in registers; typical top-k and top-p leave fewer
+_MANY = 8192  # that a longer search holds, one bit a step, which takes fewer registers
 _GROUPS_AT_ONCE = 16  # whose tokens are read in one step
 _NUM_WARPS = 8
 _STEP_BITS = 2
@@ -34,31 +35,53 @@ def sums_before(code, amount, tried):
 
 
 @triton.jit
-def search(codes, count, target, IS_MASS: tl.constexpr):
-    # The largest code such that the amounts of all smaller ones stay below the target.
-    place = tl.arange(0, CHUNK)
-    held = tl.load(codes + place, mask=place < count, other=NO_CODE)
-    held_amounts = amounts(held, IS_MASS)
+def search_few(codes, count, target, IS_MASS: tl.constexpr):
+    place = tl.arange(0, FEW)
+    code = tl.load(codes + place, mask=place < count, other=NO_CODE)
+    amount = amounts(code, IS_MASS)
     digit = tl.arange(0, DIGITS).to(tl.int64)
     found = 0
     for step in range(NUM_STEPS):
         tried = tl.minimum(found + (digit << (STEP_BITS * (NUM_STEPS - 1 - step))), NO_CODE).to(tl.int32)
-        before = sums_before(held, held_amounts, tried)
-        for at in range(CHUNK, count, CHUNK):
-            code = tl.load(codes + at + place, mask=at + place < count, other=NO_CODE)
-            before += sums_before(code, amounts(code, IS_MASS), tried)
+        before = sums_before(code, amount, tried)
         found = tl.max(tl.where(before < target, tried, 0), axis=0)
     return found
 
 
 @triton.jit
+def search_many(codes, count, target, IS_MASS: tl.constexpr):
+    place = tl.arange(0, MANY)
+    held = tl.load(codes + place, mask=place < count, other=NO_CODE)
+    held_amounts = amounts(held, IS_MASS)
+    found = 0
+    for step in range(31):
+        tried = found | (1 << (30 - step))
+        before = tl.where(held < tried, held_amounts, 0)
+        for at in range(MANY, count, MANY):
+            code = tl.load(codes + at + place, mask=at + place < count, other=NO_CODE)
+            before += tl.where(code < tried, amounts(code, IS_MASS), 0)
+        found = tl.where(tl.sum(before, axis=0) < target, tried, found)
+    return found
+
+
+@triton.jit
+def search(codes, count, target, IS_MASS: tl.constexpr):
+    # The largest code such that the amounts of all smaller ones stay below the target.
+    if count <= FEW:
+        found = search_few(codes, count, target, IS_MASS)
+    else:
+        found = search_many(codes, count, target, IS_MASS)
+    return found
+
+
+@triton.jit
 def mass_within(codes, count, limit):
-    total = tl.full((), 0, tl.int64)
-    for at in range(0, count, CHUNK):
-        place = at + tl.arange(0, CHUNK)
+    total = tl.zeros([FEW], tl.int64)
+    for at in range(0, count, FEW):
+        place = at + tl.arange(0, FEW)
         code = tl.load(codes + place, mask=place < count, other=NO_CODE)
-        total += tl.sum(tl.where(code <= limit, amounts(code, True), 0), axis=0)
-    return total
+        total += tl.where(code <= limit, amounts(code, True), 0)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -93,12 +116,14 @@ if has_top_k | has_top_p:
         edge = tl.arange(0, NUM_EDGES) + 1
         square = (edge * edge).to(tl.float32).to(tl.int32, bitcast=True)
         square = tl.where(edge < NUM_EDGES, square, NO_CODE)
-        masses = tl.zeros([NUM_EDGES], tl.int64)
-        for at in range(0, V, GROUPS_AT_ONCE * GROUP):
-            column = at + tl.arange(0, GROUPS_AT_ONCE * GROUP)
+        places_masses = tl.zeros([NUM_EDGES, FEW], tl.int64)
+        for at in range(0, V, FEW):
+            column = at + tl.arange(0, FEW)
             score = tl.load(scores + column, mask=column < V, other=-float("inf"))
             code = distance_below(top, score).to(tl.int32, bitcast=True)
-            masses += sums_before(code, tl.where(code <= cut, token_mass(code), 0), square)
+            mass = tl.where(code <= cut, token_mass(code), 0)
+            places_masses += tl.where(code[None, :] < square[:, None], mass[None, :], 0)
+        masses = tl.sum(places_masses, axis=1)
         target = top_p_target(top_p, tl.max(masses, axis=0))
         bound = tl.minimum(bound, tl.min(tl.where(masses >= target, square, NO_CODE), axis=0))
     nearest = tl.load(codes + group, mask=group < GROUPS, other=NO_CODE)
@@ -154,7 +179,8 @@ def sampling_cut(call: Call, target: str) -> TritonKernel:
         text.output(f"{name}_ptr", index)
     text.scratch("codes_ptr", "int32")
     groups_block = max(16, 1 << (groups - 1).bit_length())
-    text.constants(GROUP=GROUP, GROUPS=groups, GROUPS_BLOCK=groups_block, GROUPS_AT_ONCE=_GROUPS_AT_ONCE, CHUNK=_CHUNK)
+    text.constants(GROUP=GROUP, GROUPS=groups, GROUPS_BLOCK=groups_block, GROUPS_AT_ONCE=_GROUPS_AT_ONCE)
+    text.constants(FEW=_FEW, MANY=_MANY)
     text.constants(STEP_BITS=_STEP_BITS, DIGITS=1 << _STEP_BITS, NUM_STEPS=-(-31 // _STEP_BITS), NUM_EDGES=_NUM_EDGES)
     text.constants(NO_CODE=0x7FFFFFFF, INFINITY_CODE=0x7F800000)
     for helper in (DISTANCE, TOKEN_MASS, _SEARCH):

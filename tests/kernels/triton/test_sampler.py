@@ -29,7 +29,8 @@ QWEN_VOCAB = 151_936
 def small_blocks(monkeypatch):
     """Splits a vocabulary of a few hundred tokens over several programs, chunks and steps."""
     monkeypatch.setattr(sampler_text, "BLOCK_TOKENS", GROUP)
-    monkeypatch.setattr(sampler_cut, "_CHUNK", 64)
+    monkeypatch.setattr(sampler_cut, "_FEW", 64)
+    monkeypatch.setattr(sampler_cut, "_MANY", 128)
     monkeypatch.setattr(sampler_cut, "_GROUPS_AT_ONCE", 2)
     monkeypatch.setattr(sampler_logits, "_LIST_TOKENS", 16)
 
