@@ -18,10 +18,10 @@ from graphserve.kernels.triton.sampler_text import DISTANCE, TOKEN_MASS, Vocabul
 
 _FEW = 1024  # tokens that a search holds in registers; typical top-k and top-p leave fewer
 _MANY = 8192  # that a longer search holds, one bit a step, which takes fewer registers
-_GROUPS_AT_ONCE = 16  # whose tokens are read in one step
+_PASS = 2048  # tokens of one step of a pass over all of them
+_GROUPS_AT_ONCE = 32  # whose tokens are read in one step
 _NUM_WARPS = 8
 _STEP_BITS = 2
-_NUM_EDGES = 4  # distances 1, 4, 9 and infinity, the mass within which tells top-p alone what to search
 
 _SEARCH = """
 @triton.jit
@@ -113,19 +113,30 @@ if has_top_k | has_top_p:
     if has_top_k:
         bound = tl.minimum(bound, search(codes, GROUPS, top_k, False))
     else:
-        edge = tl.arange(0, NUM_EDGES) + 1
-        square = (edge * edge).to(tl.float32).to(tl.int32, bitcast=True)
-        square = tl.where(edge < NUM_EDGES, square, NO_CODE)
-        places_masses = tl.zeros([NUM_EDGES, FEW], tl.int64)
-        for at in range(0, V, FEW):
-            column = at + tl.arange(0, FEW)
+        within_1 = tl.zeros([PASS], tl.int64)
+        within_4 = tl.zeros([PASS], tl.int64)
+        within_9 = tl.zeros([PASS], tl.int64)
+        within_cut = tl.zeros([PASS], tl.int64)
+        for at in range(0, V, PASS):
+            column = at + tl.arange(0, PASS)
             score = tl.load(scores + column, mask=column < V, other=-float("inf"))
-            code = distance_below(top, score).to(tl.int32, bitcast=True)
+            distance = distance_below(top, score)
+            code = distance.to(tl.int32, bitcast=True)
             mass = tl.where(code <= cut, token_mass(code), 0)
-            places_masses += tl.where(code[None, :] < square[:, None], mass[None, :], 0)
-        masses = tl.sum(places_masses, axis=1)
-        target = top_p_target(top_p, tl.max(masses, axis=0))
-        bound = tl.minimum(bound, tl.min(tl.where(masses >= target, square, NO_CODE), axis=0))
+            within_1 += tl.where(distance < 1.0, mass, 0)
+            within_4 += tl.where(distance < 4.0, mass, 0)
+            within_9 += tl.where(distance < 9.0, mass, 0)
+            within_cut += mass
+        target = top_p_target(top_p, tl.sum(within_cut, axis=0))
+        if tl.sum(within_1, axis=0) >= target:
+            nearer = 1.0
+        elif tl.sum(within_4, axis=0) >= target:
+            nearer = 4.0
+        elif tl.sum(within_9, axis=0) >= target:
+            nearer = 9.0
+        else:
+            nearer = float("inf")
+        bound = tl.minimum(bound, tl.full((), nearer, tl.float32).to(tl.int32, bitcast=True))
     nearest = tl.load(codes + group, mask=group < GROUPS, other=NO_CODE)
     is_near_group = ((nearest <= bound) & (group < GROUPS)).to(tl.int32)
     tl.store(near_groups + tl.cumsum(is_near_group, axis=0) - 1, group, mask=is_near_group > 0)
@@ -180,8 +191,8 @@ def sampling_cut(call: Call, target: str) -> TritonKernel:
     text.scratch("codes_ptr", "int32")
     groups_block = max(16, 1 << (groups - 1).bit_length())
     text.constants(GROUP=GROUP, GROUPS=groups, GROUPS_BLOCK=groups_block, GROUPS_AT_ONCE=_GROUPS_AT_ONCE)
-    text.constants(FEW=_FEW, MANY=_MANY)
-    text.constants(STEP_BITS=_STEP_BITS, DIGITS=1 << _STEP_BITS, NUM_STEPS=-(-31 // _STEP_BITS), NUM_EDGES=_NUM_EDGES)
+    text.constants(FEW=_FEW, MANY=_MANY, PASS=_PASS)
+    text.constants(STEP_BITS=_STEP_BITS, DIGITS=1 << _STEP_BITS, NUM_STEPS=-(-31 // _STEP_BITS))
     text.constants(NO_CODE=0x7FFFFFFF, INFINITY_CODE=0x7F800000)
     for helper in (DISTANCE, TOKEN_MASS, _SEARCH):
         text.helper(helper)

@@ -31,6 +31,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(sampler_text, "BLOCK_TOKENS", GROUP)
     monkeypatch.setattr(sampler_cut, "_FEW", 64)
     monkeypatch.setattr(sampler_cut, "_MANY", 128)
+    monkeypatch.setattr(sampler_cut, "_PASS", 128)
     monkeypatch.setattr(sampler_cut, "_GROUPS_AT_ONCE", 2)
     monkeypatch.setattr(sampler_logits, "_LIST_TOKENS", 16)
 
