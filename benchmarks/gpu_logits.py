@@ -15,12 +15,12 @@ import torch
 import transformers
 
 from benchmarks.coverage_check import make_step_input
-from benchmarks.plan_build import llama_config
 from graphserve.compiler.build import build_plan
 from graphserve.compiler.capture import register_interfaces
 from graphserve.models.meta_model import build_meta_model, non_persistent_buffers
 from graphserve.models.rope import bake_rope
 from graphserve.runtime.model_runner import ModelRunner
+from tests.compiler.published_configs import LLAMA_3_1_8B, published
 
 LAYERS, BLOCK_SIZE, MAX_MODEL_LEN = 3, 16, 4352
 PROMPT_LEN = 512
@@ -35,7 +35,7 @@ SPLITS: dict[str, tuple[int, ...]] = {
 
 def measure_logits(device: torch.device, layers: int = LAYERS, prompt_len: int = PROMPT_LEN) -> dict[str, Any]:
     """Errors of each way to run the prompt; ``holds`` says whether all are within the factor."""
-    return compare_logits(llama_config(layers), device, prompt_len, SPLITS)
+    return compare_logits(published(LLAMA_3_1_8B | {"num_hidden_layers": layers}), device, prompt_len, SPLITS)
 
 
 def compare_logits(

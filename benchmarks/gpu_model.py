@@ -29,6 +29,7 @@ from graphserve.runtime.step_graphs import GraphKey
 from graphserve.runtime.step_input import CARRIED, SamplingInput, StepInput, sampling_keys
 from graphserve.runtime.step_lowering import TritonLowering
 from graphserve.runtime.weight_memory import NO_COPY
+from tests.compiler.published_configs import LLAMA_3_1_8B, published
 
 LAYERS, BLOCK_SIZE, MAX_MODEL_LEN = 32, 16, 4352
 MAX_SEQS, MAX_TOKENS = 256, 8192  # of a step
@@ -92,17 +93,10 @@ class GpuModel:
 
 def model_config(layers: int = LAYERS) -> transformers.PretrainedConfig:
     """The shape of Llama-3.1-8B, with the rotary base and epsilon of the demo model, which can be embedded in it."""
-    return transformers.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=MAX_MODEL_LEN,
-        rms_norm_eps=embedded_eps(4096),
-        rope_parameters=demo_config().rope_parameters,
-    )
+    changes = {"num_hidden_layers": layers, "max_position_embeddings": MAX_MODEL_LEN, "rope_scaling": None}
+    config = published(LLAMA_3_1_8B | changes | {"rms_norm_eps": embedded_eps(4096)})
+    config.rope_parameters = demo_config().rope_parameters
+    return config
 
 
 def load_model(layers: int = LAYERS) -> GpuModel:

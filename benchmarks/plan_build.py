@@ -25,35 +25,15 @@ from benchmarks.coverage import machine
 from graphserve.compiler.build import BuildResult, build_plan
 from graphserve.compiler.capture import register_interfaces
 from graphserve.models.meta_model import build_meta_model, non_persistent_buffers
+from tests.compiler.published_configs import LLAMA_3_1_8B, published
 
 RESULTS = Path(__file__).resolve().parent / "results" / "plan_build.json"
-MAX_MODEL_LEN = 131072
-
-
-def llama_config(num_layers: int) -> transformers.PretrainedConfig:
-    return transformers.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=num_layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=MAX_MODEL_LEN,
-        rms_norm_eps=1e-5,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    )
+MAX_MODEL_LEN: int = LLAMA_3_1_8B["max_position_embeddings"]
 
 
 def build(num_layers: int) -> tuple[BuildResult, float]:
     """A plan and the seconds that building it took, the meta model not counted."""
-    model = build_meta_model(llama_config(num_layers), torch.bfloat16)
+    model = build_meta_model(published(LLAMA_3_1_8B | {"num_hidden_layers": num_layers}), torch.bfloat16)
     buffers = non_persistent_buffers(model)
     start = time.perf_counter()
     built = build_plan(model, MAX_MODEL_LEN, buffers)
