@@ -29,9 +29,8 @@ def process_age_s() -> float:
 def without_collector() -> Iterator[None]:
     """Load a model in the body, in a process that serves nothing else: garbage collection rests until it is loaded.
 
-    Imports and plans make a million objects, and nearly all of them stay. Walking them again and again was a seventh of
-    importing torch and a quarter of importing transformers; without it a start takes 11 MB more (Llama-3.1-8B's plan).
-    What is there at the end is left out of all later collections.
+    Imports and plans make very many objects, and nearly all of them stay: walking them again and again is a good part
+    of importing torch and transformers. What is there at the end is left out of all later collections.
     """
     was_enabled = gc.isenabled()
     gc.disable()

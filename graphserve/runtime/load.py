@@ -84,7 +84,7 @@ def load_model(config: EngineConfig, backend: Backend = "auto") -> LoadedModel:
 def _start_tokenizer(
     config: EngineConfig, folder: Path, store: ArtifactStore, beside: ThreadPoolExecutor
 ) -> Future[Tokenizer]:
-    """Load the tokenizer beside the rest: one of 150 000 entries takes 0.4 s, mostly without the interpreter's lock.
+    """Load the tokenizer beside the rest: a large one takes its time mostly without the interpreter's lock.
 
     One that has to be converted, which imports transformers, or that does not exist is waited for.
     """
