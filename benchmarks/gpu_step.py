@@ -21,9 +21,9 @@ from benchmarks.gpu_model import (
     step_times_ms,
 )
 from benchmarks.gpu_rates import product_tflop_s
+from benchmarks.graph_nodes import GraphReader, captured, step_nodes
 from graphserve.plan.runner import StepSize
 from graphserve.runtime.buckets import CaptureBuckets
-from graphserve.runtime.graph_nodes import GraphReader, captured, step_nodes
 from graphserve.runtime.launch_specs import op_name, value_name
 from graphserve.runtime.step_input import SamplingInput, StepInput
 from graphserve.runtime.step_plan import Variant

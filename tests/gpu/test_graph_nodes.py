@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize("count", [1, 8])
 def test_a_captured_step_has_the_plans_kernels_and_no_others(variant: str, count: int, device: torch.device) -> None:
     """Each library call may be several kernels, which are listed; nothing else may."""
+    from benchmarks.graph_nodes import GraphReader, step_nodes
     from graphserve.engine.scheduler import SchedulerLimits
     from graphserve.plan.runner import StepSize
-    from graphserve.runtime.graph_nodes import GraphReader, step_nodes
     from tests.gpu import step_engines
 
     core, runner = step_engines.tiny_engine(device, SchedulerLimits(8, 128, 48, True), captures=True)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks import graph_nodes
+from benchmarks.graph_nodes import GraphReader, step_nodes
 from graphserve.errors import DeviceError
 from graphserve.plan.runner import BoundPlan
 from graphserve.plan.schema import Launch
-from graphserve.runtime import graph_nodes
 from graphserve.runtime.cuda_launcher import CudaLaunch
-from graphserve.runtime.graph_nodes import GraphReader, step_nodes
 from graphserve.runtime.triton_backend import SeveralLaunches
 from tests.runtime.stub_cuda import StubCuda
 
