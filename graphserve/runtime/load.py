@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from graphserve.artifacts import ArtifactStore, open_store
 from graphserve.config import EngineConfig
-from graphserve.errors import ConfigError, GraphserveError
+from graphserve.errors import ConfigError
 from graphserve.models.generation_config import GenerationDefaults, load_generation_defaults
 from graphserve.models.hub import resolve_model
 from graphserve.models.tokenizer import Tokenizer, load_tokenizer
@@ -63,15 +64,13 @@ def load_model(config: EngineConfig, backend: Backend = "auto") -> LoadedModel:
     store = open_store(config.compile_cache, config.strict_compile_cache)
     with phase("find model"):
         folder = find_model(config)
-    with ThreadPoolExecutor(1, "tokenizer loader") as beside:
+    with ThreadPoolExecutor(1, "tokenizer loader") as beside, ExitStack() as undo:
         tokenizer = None if config.skip_tokenizer_init else _start_tokenizer(config, folder, store, beside)
         runner, plan, memory = _load_runner(config, folder, store, device, backend)
+        undo.callback(runner.close)
         with phase("load tokenizer"):  # what is left of it
-            try:
-                loaded = tokenizer.result() if tokenizer is not None else None
-            except GraphserveError:
-                runner.close()
-                raise
+            loaded = tokenizer.result() if tokenizer is not None else None
+        undo.pop_all()
     defaults = load_generation_defaults(
         folder,
         plan.model["eos_token_id"],
