@@ -27,7 +27,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The contents of ``manifest.json``.
 
     Attributes:
-        kind: ``plan``, ``weights``, ``cpp``, ``triton`` or ``tokenizer``.
+        kind: ``plan``, ``weights``, ``cpp``, ``triton``, ``tokenizer`` or ``choices``.
         label: for people: what it is.
         factors: everything that decides the files' contents, by name; the key is their hash.
         files: by name.

@@ -30,7 +30,7 @@ from graphserve.errors import CacheMissError
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("plan", "weights", "cpp", "triton", "tokenizer")
+KINDS = ("plan", "weights", "cpp", "triton", "tokenizer", "choices")
 LOCK_TIMEOUT_S = 600.0  # a builder that takes longer than this is taken for stuck
 
 _TOUCH_INTERVAL_S = 60.0  # the time of last use need not be more exact

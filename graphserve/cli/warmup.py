@@ -37,6 +37,12 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="compilers at a time (default: 2)")
     parser.add_argument("--check", action="store_true", help="only tell whether everything is stored, compile nothing")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="also load the model here, time its decode steps, and store how they run fastest on this device "
+        "(random weights where only config.json is at hand)",
+    )
     parser.add_argument("--report", action="store_true", help="print one JSON document with a row for each artifact")
     add_engine_options(parser, without=_WITHOUT)
     parser.set_defaults(run=run)
@@ -52,8 +58,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         with without_collector():
             from graphserve.compiler.warmup import run_warmup
+            from graphserve.engine.measure_choices import measure_choices
 
-            report = run_warmup(config, options.output, targets, options.check, max(1, options.jobs))
+            measure = measure_choices if options.measure else None
+            report = run_warmup(config, options.output, targets, options.check, max(1, options.jobs), measure)
     finally:
         progress.set_sink(previous)
     text = json.dumps(report.as_dict(), indent=1) if options.report else str(report)

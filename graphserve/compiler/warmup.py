@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from graphserve.artifacts import Artifact, ArtifactStore, open_store
 from graphserve.artifacts.bundle import SUFFIX, export_bundle, import_bundle
@@ -26,17 +30,23 @@ from graphserve.models.converted_tokenizer import conversion_factors
 from graphserve.models.hub import resolve_model
 from graphserve.models.tokenizer import convertible_files, load_tokenizer
 from graphserve.progress import phase
+from graphserve.runtime.choices import KIND as CHOICES
+from graphserve.runtime.choices import MeasuredChoices, choice_factors, save_choices
 from graphserve.runtime.find_plan import (
     ModelPlan,
     find_or_compile,
     find_or_compile_config,
     find_plan,
+    folder_factors,
     plan_factors,
     weight_factors,
 )
-from graphserve.runtime.load import find_model
+from graphserve.runtime.load import find_model, pick_device
 
 DEFAULT_JOBS = 2
+
+# Loads the model of a config and times its steps.
+Measure = Callable[[EngineConfig], MeasuredChoices]
 
 
 def run_warmup(
@@ -45,6 +55,7 @@ def run_warmup(
     targets: Sequence[str] = ("cpu",),
     check: bool = False,
     num_jobs: int = DEFAULT_JOBS,
+    measure: Measure | None = None,
 ) -> WarmupReport:
     """Store the plan, the weight program and the kernels of a model for some targets.
 
@@ -53,13 +64,16 @@ def run_warmup(
         targets: ``cpu`` (this processor's ISA level), ``cpu:LEVEL``, or a GPU target such as ``cuda:90``.
         check: compile nothing, only report what is there.
         num_jobs: compilers that run at a time.
+        measure: times how decode steps run fastest on the device at hand; what it finds is stored too.
 
     Raises:
-        ConfigError: a target is unknown.
+        ConfigError: a target is unknown, or ``measure`` with ``deterministic``, which leaves nothing to choose.
         GraphserveError: the model cannot be served at all.
     """
     for target in targets:
         check_target(target)
+    if measure is not None and config.deterministic:
+        raise ConfigError("measure with deterministic=True: a fixed order of every sum leaves nothing to choose")
     folder = find_model(config)
     with _store_of(output, check) as store:
         report = WarmupReport(str(output) if output is not None else str(store.root))
@@ -73,6 +87,8 @@ def run_warmup(
                 else:
                     kernels = triton_kernels(model.compiled.plan, config, target)
                     _triton(kernels, target, store, check, num_jobs, report)
+        if measure is not None:
+            _choices(config, folder, store, check, measure, report)
         if not check and output is not None and output.name.endswith(SUFFIX):
             with phase("write bundle"):
                 export_bundle(report.artifacts.values(), output)
@@ -185,6 +201,21 @@ def _triton(
     for kernel in kernels:
         artifact = find_compiled(store, kernel, target)
         report.add(target, f"Triton kernel {kernel.symbol}", artifact, kernel.key not in made_now)
+
+
+def _choices(
+    config: EngineConfig, folder: Path, store: ArtifactStore, check: bool, measure: Measure, report: WarmupReport
+) -> None:
+    factors = choice_factors(folder_factors(config, folder), pick_device(config))
+    before = artifact = store.find(CHOICES, factors)
+    if artifact is None and not check:
+        begin = time.monotonic()
+        changes: dict[str, Any] = {"compile_cache": str(store.root) if store.root.is_dir() else None}
+        if _checkpoint(folder) is None:
+            changes["load_format"] = "dummy"
+        choices = measure(msgspec.structs.replace(config, **changes))
+        artifact = save_choices(store, factors, choices, {"seconds": round(time.monotonic() - begin, 3)})
+    report.add("choices", f"measured choices for {factors['device']}", artifact, before is not None)
 
 
 def _must_compile(artifact: Artifact | None, check: bool) -> bool:

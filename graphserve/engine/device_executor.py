@@ -11,6 +11,7 @@ from graphserve.errors import ConfigError
 from graphserve.plan.runner import StepSize
 from graphserve.plan.schema import CacheGroup
 from graphserve.runtime.buckets import Buckets, CaptureBuckets
+from graphserve.runtime.choices import MeasuredChoices
 from graphserve.runtime.device_runner import DeviceRunner
 from graphserve.runtime.kv_pool_size import kv_bytes_per_token
 from graphserve.runtime.step_input import StepInput
@@ -69,6 +70,10 @@ class DeviceExecutor:
     def submit(self, step_input: StepInput) -> SubmittedStep:
         assert self._runner is not None, "the executor is closed"
         return self._runner.submit(step_input)
+
+    def use_choices(self, choices: MeasuredChoices) -> None:
+        assert self._runner is not None, "the executor is closed"
+        self._runner.use_choices(choices)
 
     def stats(self) -> ExecutorStats:
         runner = self._runner

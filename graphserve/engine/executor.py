@@ -9,6 +9,7 @@ import msgspec
 
 from graphserve.plan.schema import CacheGroup
 from graphserve.runtime.buckets import Buckets
+from graphserve.runtime.choices import MeasuredChoices
 from graphserve.runtime.step_input import StepInput, StepOutput
 
 
@@ -69,6 +70,9 @@ class Executor(Protocol):
 
         An exception, here or from the handle, ends the engine: the KV cache may be half written.
         """
+
+    def use_choices(self, choices: MeasuredChoices) -> None:
+        """Run decode steps so from now on; no step may be on its way."""
 
     def stats(self) -> ExecutorStats:
         """The numbers of now; those of the end once it is closed."""

@@ -12,6 +12,7 @@ import torch
 from graphserve.engine.executor import ExecutorStats, StepSizes
 from graphserve.plan.schema import CacheGroup, Plan
 from graphserve.runtime.buckets import Buckets
+from graphserve.runtime.choices import MeasuredChoices
 from graphserve.runtime.kv_pool_size import kv_bytes_per_token
 from graphserve.runtime.sampler import Sampler
 from graphserve.runtime.step_input import CARRIED, INVALID_TOKEN, StepInput, StepOutput
@@ -29,6 +30,8 @@ class Runner(Protocol):
 
     def forward(self, step: StepInput) -> torch.Tensor:
         """Logits [R, vocab]; the buffer is the caller's until the next call."""
+
+    def use_choices(self, choices: MeasuredChoices) -> None: ...
 
     def sleep(self, level: int) -> None: ...
 
@@ -84,6 +87,10 @@ class ModelExecutor:
         lanes = step_input.row_lanes[: len(output.token_ids)]
         self._last_tokens[lanes] = [0 if token_id == INVALID_TOKEN else token_id for token_id in output.token_ids]
         return FinishedStep(output)
+
+    def use_choices(self, choices: MeasuredChoices) -> None:
+        assert self._runner is not None, "the executor is closed"
+        self._runner.use_choices(choices)
 
     def stats(self) -> ExecutorStats:
         return ExecutorStats()

@@ -27,6 +27,7 @@ from graphserve.plan.runner import Action, PlanRunner, StepSize
 from graphserve.plan.schema import Launch, Plan
 from graphserve.progress import phase
 from graphserve.runtime.batch_invariance import require_kernels
+from graphserve.runtime.choices import MeasuredChoices
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.launch_specs import (
     op_name,
@@ -176,6 +177,10 @@ class CppBackend:
         weights: the runner's weights; packed ones are replaced by shapes without data.
         store: where compiled libraries are kept.
 
+    Attributes:
+        table_lens: row length of each cache group's block table.
+        choices: how decode steps that are bound from now on run.
+
     Raises:
         CompileError: a kernel is not in the store and cannot be compiled.
     """
@@ -185,6 +190,7 @@ class CppBackend:
         with phase("pack weights"):
             self._packed = self._pack(weights)
         self.table_lens: list[int] = []
+        self.choices = MeasuredChoices()
 
     def replace_kernels(self, kernel_plan: KernelPlan, store: ArtifactStore) -> None:
         """Use other kernels for the same weights (another block size)."""
@@ -250,8 +256,10 @@ class CppBackend:
         sequence = CompiledSequence(self._library, [(c.function, c.pointers) for c in calls])
         tokens, rows, seqs = size
         table_lens = tuple(self.table_lens)
+        chosen = self.choices.of(size).num_threads
 
         def run() -> None:
-            sequence.run(tokens, rows, seqs, torch.get_num_threads(), table_lens)
+            most = torch.get_num_threads()
+            sequence.run(tokens, rows, seqs, most if chosen is None else min(chosen, most), table_lens)
 
         return run

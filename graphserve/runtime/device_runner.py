@@ -19,6 +19,7 @@ from graphserve.plan.runner import BoundPlan, StepSize
 from graphserve.plan.schema import Plan
 from graphserve.progress import phase
 from graphserve.runtime.buckets import CaptureBuckets
+from graphserve.runtime.choices import MeasuredChoices
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.sampler import adjust_logits
 from graphserve.runtime.step_input import ALL_LOGPROBS, NO_LOGPROBS, SamplingInput, StepInput
@@ -203,6 +204,11 @@ class DeviceRunner:
                 for variant in variants:
                     self._programs.record(variant, size)
                     work.advance()
+
+    def use_choices(self, choices: MeasuredChoices) -> None:
+        """Run decode steps so from now on; recordings are forgotten. No step may be on its way."""
+        assert self._programs is not None and self.is_idle, "there is no KV cache, or a step on its way"
+        self._programs.use_choices(choices)
 
     def bound(self, variant: Variant, size: StepSize) -> BoundPlan:
         """The launches of a step; they read the inputs of the step that was submitted last."""

@@ -16,6 +16,7 @@ from graphserve import plugins
 from graphserve.artifacts import ArtifactStore
 from graphserve.artifacts.difference import explain_miss
 from graphserve.config import EngineConfig
+from graphserve.errors import ConfigError
 from graphserve.models.checkpoint import Checkpoint
 from graphserve.models.config import DTYPE_NAMES, read_config_json
 from graphserve.plan.store import (
@@ -65,6 +66,15 @@ def plan_factors(config: EngineConfig, folder: Path, checkpoint: Checkpoint | No
         "transformers": metadata.version("transformers"),
         "plugins": plugins.versions(),
     }
+
+
+def folder_factors(config: EngineConfig, folder: Path) -> dict[str, Any]:
+    """What a plan depends on, whether a folder holds a checkpoint or a config only."""
+    try:
+        checkpoint = Checkpoint.open(folder)
+    except ConfigError:
+        checkpoint = None
+    return plan_factors(config, folder, checkpoint)
 
 
 def weight_factors(plan: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from graphserve.models.tokenizer import Tokenizer, load_tokenizer
 from graphserve.models.weight_loading import run_program
 from graphserve.plan.schema import Plan
 from graphserve.progress import phase
-from graphserve.runtime.find_plan import build_meta, compile_model, find_or_compile
+from graphserve.runtime.choices import MeasuredChoices, choice_factors, load_choices
+from graphserve.runtime.find_plan import build_meta, compile_model, find_or_compile, folder_factors
 from graphserve.runtime.memory import device_memory
 from graphserve.runtime.memory_plan import MemoryPlan, plan_memory
 from graphserve.runtime.model_runner import Backend, ModelRunner
@@ -60,7 +61,7 @@ def load_model(config: EngineConfig, backend: Backend = "auto") -> LoadedModel:
         CheckpointError: the weights are missing, damaged or of the wrong shape.
         UnsupportedModelError: the model computes something the compiler refuses.
     """
-    device = _device(config)
+    device = pick_device(config)
     store = open_store(config.compile_cache, config.strict_compile_cache)
     with phase("find model"):
         folder = find_model(config)
@@ -121,8 +122,22 @@ def _load_runner(
                 yield item
 
     is_tiered = config.start == "tiered"
-    runner = ModelRunner(plan, read, constants, device, backend, store, config.deterministic, is_tiered)
+    choices = _find_choices(config, folder, store, device)
+    runner = ModelRunner(plan, read, constants, device, backend, store, config.deterministic, is_tiered, choices)
     return runner, plan, memory
+
+
+def _find_choices(
+    config: EngineConfig, folder: Path, store: ArtifactStore, device: torch.device
+) -> MeasuredChoices | None:
+    if config.deterministic:
+        return None
+    choices = load_choices(store, choice_factors(folder_factors(config, folder), device))
+    if choices is not None:
+        logger.info(
+            "decode steps run as measured on this device, for %s sequences", ", ".join(map(str, choices.decode))
+        )
+    return choices
 
 
 def find_model(config: EngineConfig) -> Path:
@@ -142,7 +157,12 @@ def _dummy_model(
     return built, partial(dummy_parameters, meta, config.seed)
 
 
-def _device(config: EngineConfig) -> torch.device:
+def pick_device(config: EngineConfig) -> torch.device:
+    """The device that the model runs on.
+
+    Raises:
+        ConfigError: ``device="cuda"``, and there is none.
+    """
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
         raise ConfigError("device='cuda', but torch sees no CUDA device: use device='cpu' or install a CUDA torch")

@@ -15,6 +15,7 @@ from graphserve.plan.runner import PlanRunner, StepSize
 from graphserve.plan.schema import Plan
 from graphserve.progress import phase
 from graphserve.runtime.background_build import BackgroundBuild
+from graphserve.runtime.choices import MeasuredChoices
 from graphserve.runtime.cpp_backend import CppBackend, lower_to_cpp
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.step_input import StepInput
@@ -42,6 +43,7 @@ class ModelRunner:
         deterministic: a row's logits must not depend on the other rows of its step, bit for bit.
         is_tiered: missing C++ kernels are built in the background, while plain torch runs; the first step after that
             runs on them.
+        choices: how decode steps run fastest, where that was measured.
 
     ``close`` gives all memory back; the runner is then unusable.
 
@@ -59,6 +61,7 @@ class ModelRunner:
         store: ArtifactStore | None = None,
         deterministic: bool = False,
         is_tiered: bool = False,
+        choices: MeasuredChoices | None = None,
     ) -> None:
         if deterministic and (is_tiered or backend == "reference"):
             raise ConfigError(
@@ -71,6 +74,7 @@ class ModelRunner:
         self.weight_memory = WeightMemory(plan, parameters, constants or {}, self.device)
         self.weight_bytes = self.weight_memory.num_bytes
         self.kv_cache: KVCache | None = None
+        self.choices = choices or MeasuredChoices()
         self._weights = self.weight_memory.tensors
         self._slept_pool: tuple[int, int] | None = None  # blocks and block size of a sleeping model's KV cache
         self._store = store if store is not None else open_store()
@@ -110,6 +114,13 @@ class ModelRunner:
             self._use_cpp()
         elif self._is_triton:
             self._use_triton()
+
+    def use_choices(self, choices: MeasuredChoices) -> None:
+        """Run decode steps so from now on."""
+        self.choices = choices
+        if self._cpp is not None:
+            self._cpp.choices = choices
+        self._runner.invalidate()
 
     def _drop_kv_cache(self) -> None:
         self.kv_cache = None
@@ -178,6 +189,7 @@ class ModelRunner:
             self._is_cpp = False
             return
         self._cpp.table_lens = [self._block_table_len] * len(self.plan.cache_groups)
+        self._cpp.choices = self.choices
         self._runner.set_plan(kernel_plan.plan, {"cpp": self._cpp})
 
     def _change_over(self) -> None:

@@ -11,6 +11,7 @@ from graphserve.kernels.triton.overlap import MEASURED_TARGETS
 from graphserve.plan.runner import Binder
 from graphserve.plan.schema import Plan
 from graphserve.progress import phase
+from graphserve.runtime.choices import MeasuredChoices
 from graphserve.runtime.cuda_driver import CudaDriver
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.triton_backend import TritonBackend, target_of
@@ -37,6 +38,7 @@ class TritonLowering:
         store: where compiled kernels are kept.
         deterministic: a row's bits must not depend on the other rows of its step.
         overlap: small steps launch kernels while the one in front still runs; by default where this was measured.
+        choices: how decode steps run fastest, where that was measured.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class TritonLowering:
         store: ArtifactStore,
         deterministic: bool = False,
         overlap: bool | None = None,
+        choices: MeasuredChoices | None = None,
     ) -> None:
         self._device = device
         self._stream = stream
         self._store = store
         self._deterministic = deterministic
         self._overlap = overlap
+        self._choices = choices or MeasuredChoices()
         self._backend: TritonBackend | None = None
 
     def lower(self, plans: Sequence[Plan], kv_cache: KVCache, table_len: int) -> list[tuple[Plan, dict[str, Binder]]]:
@@ -68,7 +72,13 @@ class TritonLowering:
         backend = TritonBackend(together, compiled, driver, self._device, self._stream.cuda_stream)
         self._backend = backend
         backend.table_lens = [table_len] * len(together.plan.cache_groups)
+        backend.choices = self._choices
         return [(plan.plan, {"triton": backend, "library": backend}) for plan in lowered]
+
+    def use_choices(self, choices: MeasuredChoices) -> None:
+        self._choices = choices
+        if self._backend is not None:
+            self._backend.choices = choices
 
     def close(self) -> None:
         backend, self._backend = self._backend, None

@@ -15,6 +15,7 @@ import torch
 
 from graphserve.plan.runner import Arena, Binder, BoundPlan, PlanRunner, StepSize
 from graphserve.plan.schema import Plan
+from graphserve.runtime.choices import MeasuredChoices
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.step_fields import arena_bytes
 from graphserve.runtime.step_graphs import GraphKey, Recording, StepGraphs
@@ -41,6 +42,9 @@ class Lowering(Protocol):
             table_len: places of a row of a block table.
         """
 
+    def use_choices(self, choices: MeasuredChoices) -> None:
+        """Bind decode steps so from now on."""
+
     def close(self) -> None:
         """Unload the kernels; bound launches must not be made any more."""
 
@@ -50,6 +54,9 @@ class References:
 
     def lower(self, plans: Sequence[Plan], kv_cache: KVCache, table_len: int) -> list[tuple[Plan, dict[str, Binder]]]:
         return [(plan, {}) for plan in plans]
+
+    def use_choices(self, choices: MeasuredChoices) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -74,6 +81,10 @@ class _Program:
                 self._bound.popitem(last=False)
         self._bound.move_to_end(size)
         return self._bound[size]
+
+    def forget(self) -> None:
+        """Bind every size anew when it comes next."""
+        self._bound.clear()
 
     def part(self, part: int) -> slice:
         """Which launches belong to a part."""
@@ -182,6 +193,15 @@ class StepPrograms:
             recording = Recording(launches, bound.tensors, lambda: self._current(program, size))
             if not self._graphs.record(GraphKey(variant, part, size), recording):
                 return
+
+    def use_choices(self, choices: MeasuredChoices) -> None:
+        """Bind and record decode steps so from now on. No step may be on its way."""
+        self._lowering.use_choices(choices)
+        if self._graphs is not None:
+            self._graphs.close()
+        self._recorded.clear()
+        for program in self._programs.values():
+            program.forget()
 
     def close(self) -> None:
         """Forget recordings and launches, unload kernels, give buffers back. No step may be on its way."""

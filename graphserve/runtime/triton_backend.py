@@ -13,6 +13,7 @@ from graphserve.kernels.triton.kernel import TARGETS, TritonKernel
 from graphserve.kernels.triton.overlap import MAX_OVERLAP_TOKENS
 from graphserve.plan.runner import Action, PlanRunner, StepSize
 from graphserve.plan.schema import Launch
+from graphserve.runtime.choices import MeasuredChoices
 from graphserve.runtime.cuda_driver import CudaDriver
 from graphserve.runtime.cuda_launcher import CudaLaunch, CudaLauncher
 from graphserve.runtime.launch_specs import op_name, tensor_names, value_name
@@ -48,6 +49,10 @@ class TritonBackend:
         device: where the runner's tensors live.
         stream: the ``CUstream`` that launches go to, 0 for the default one.
 
+    Attributes:
+        table_lens: row length of each cache group's block table.
+        choices: how decode steps that are bound from now on run.
+
     Invariant: launches hold addresses only; the runner keeps its tensors alive and in place while they may run.
     """
 
@@ -73,6 +78,7 @@ class TritonBackend:
         self._scratch = {zeroed: torch.zeros(0, dtype=torch.uint8, device=device) for zeroed in (True, False)}
         self._outgrown: list[torch.Tensor] = []  # launches bound before still point there
         self.table_lens: list[int] = []
+        self.choices = MeasuredChoices()
 
     @property
     def num_kernels(self) -> int:
@@ -83,7 +89,7 @@ class TritonBackend:
     ) -> Action | None:
         if op_name(launch) == "linear":
             x = tensors[value_name(launch.args[0])]
-            if self._plan.is_library_product(launch, x.numel() // x.shape[-1]):
+            if self._plan.is_library_product(launch, x.numel() // x.shape[-1], self.choices.of(size)):
                 return bind_product(launch, tensors)
         scalars = self._scalars(size)
         overlaps = self._plan.overlap and size.num_tokens <= MAX_OVERLAP_TOKENS
@@ -98,11 +104,11 @@ class TritonBackend:
 
     def _kernels_of(self, launch: Launch, tensors: Mapping[str, torch.Tensor], size: StepSize) -> list[TritonKernel]:
         assert launch.kernel is not None
-        choices = self._decode_kernels.get(launch.kernel)
-        if choices is None or size.num_tokens != size.num_seqs:
+        by_segments = self._decode_kernels.get(launch.kernel)
+        if by_segments is None or size.num_tokens != size.num_seqs:
             return self._kernels[launch.kernel]
         key_heads = tensors[value_name(launch.args[1])].shape[1]
-        return choices[decode_segments(size.num_tokens * key_heads)]
+        return by_segments[self.choices.of(size).segments or decode_segments(size.num_tokens * key_heads)]
 
     def finish(self, actions: list[Action], size: StepSize) -> list[Action]:
         flat: list[Action] = []

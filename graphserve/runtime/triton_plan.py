@@ -20,6 +20,7 @@ from graphserve.kernels.triton.kernel import TritonKernel
 from graphserve.kernels.triton.overlap import overlapping, require_overlap
 from graphserve.plan.schema import Launch, Plan
 from graphserve.runtime.batch_invariance import invariant_choices, require_kernels
+from graphserve.runtime.choices import DEFAULT, StepChoice, product_name
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.launch_specs import (
     op_name,
@@ -40,12 +41,12 @@ _SPLITS_KEYS = ("paged_attention", "paged_attention_quant", "paged_attention_qua
 
 # Programs that share the keys of a query in a decode step: few where sequences and heads fill the device by themselves.
 # A step has tokens times key heads of them without; the numbers are those that benchmarks/gpu_tune.py found best.
-_DECODE_SEGMENTS = ((512, 1), (32, 4), (0, 64))
+DECODE_SEGMENTS = ((512, 1), (32, 4), (0, 64))
 
 
 def decode_segments(num_programs: int) -> int:
     """Programs a query for a decode step of so many tokens times key heads."""
-    return next(segments for least, segments in _DECODE_SEGMENTS if num_programs >= least)
+    return next(segments for least, segments in DECODE_SEGMENTS if num_programs >= least)
 
 
 class TritonPlan(msgspec.Struct):
@@ -67,10 +68,20 @@ class TritonPlan(msgspec.Struct):
     overlap: bool = False
     decode_kernels: dict[int, dict[int, list[TritonKernel]]] = {}
 
-    def is_library_product(self, launch: Launch, num_rows: int) -> bool:
+    def is_library_product(self, launch: Launch, num_rows: int, choice: StepChoice = DEFAULT) -> bool:
         """Whether a launch is a product that the library computes in a step with so many rows of it."""
-        is_product = op_name(launch) in LIBRARY_OPS and not self.deterministic
-        return is_product and (launch.kind == "library" or num_rows > MAX_GEMV_ROWS)
+        if op_name(launch) not in LIBRARY_OPS or self.deterministic:
+            return False
+        if launch.kind == "library" or choice.vector_products is None:
+            return launch.kind == "library" or num_rows > MAX_GEMV_ROWS
+        return self.product_of(launch) not in choice.vector_products
+
+    def product_of(self, launch: Launch) -> str | None:
+        """What a table of choices calls a launch; None unless vector kernel and library can both compute it."""
+        if op_name(launch) not in LIBRARY_OPS or launch.kind != "triton" or self.deterministic:
+            return None
+        weight = self.plan.weights.get(value_name(launch.args[1]))
+        return None if weight is None else product_name(weight.spec.shape)
 
     def distinct_kernels(self) -> dict[str, TritonKernel]:
         """All kernels by key; layers share them."""
@@ -139,7 +150,7 @@ def _decode_kernels(
 ) -> dict[int, list[TritonKernel]]:
     """Kernels of an attention launch for steps in which no sequence has more than one token, by segments."""
     found: dict[int, list[TritonKernel]] = {}
-    for _, segments in _DECODE_SEGMENTS:
+    for _, segments in DECODE_SEGMENTS:
         result = _generate(launch, specs, target, False, {"max_query_len": 1, "segments": segments})
         assert isinstance(result, list), f"{launch.op} has a kernel for mixed steps, but none for decode: {result}"
         found[segments] = [overlapping(kernel) for kernel in result] if overlap else result

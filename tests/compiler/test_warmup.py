@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from graphserve.artifacts import ArtifactStore
 from graphserve.cli.main import main
@@ -15,9 +16,12 @@ from graphserve.compiler.warmup import run_warmup
 from graphserve.compiler.warmup_report import WarmupReport
 from graphserve.config import EngineConfig
 from graphserve.demo import demo_path
+from graphserve.engine import measure_choices
+from graphserve.engine.model_executor import ModelExecutor
 from graphserve.errors import ConfigError
 from graphserve.kernels.cpu import ISA_LEVELS, compiler
 from graphserve.llm import LLM
+from graphserve.runtime.choices import StepChoice
 from graphserve.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
@@ -105,6 +109,48 @@ def test_check_names_a_library_that_was_deleted(store: Path, tmp_path: Path) -> 
     library = next(a for a in ArtifactStore(part).artifacts("cpp") if a.manifest.factors["family"] == "rope_kv")
     library.folder.rename(tmp_path / "away")
     assert run_warmup(EngineConfig(), part, check=True).missing == [f"C++ library {library.manifest.label}"]
+
+
+def test_measured_choices_are_stored_once_and_a_start_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    # As on a machine where a step is fastest on two threads.
+    monkeypatch.setattr(measure_choices, "_step_seconds", lambda executor, step, clock: fewest_seconds(executor))
+    warmup = ["warmup", "--measure", "--max-num-seqs", "8", "--output", str(tmp_path)]
+    assert main([*warmup, "--check"]) == 1
+    assert "missing: measured choices for" in capsys.readouterr().out
+    for state in ("built", "stored"):
+        assert main([*warmup, "--report"]) == 0
+        rows = json.loads(capsys.readouterr().out)["artifacts"]
+        assert [row["state"] for row in rows if row["group"] == "choices"] == [state]
+    assert main([*warmup, "--check"]) == 0 and main(warmup[:1] + warmup[2:] + ["--check"]) == 0
+
+    params = SamplingParams(temperature=0, max_tokens=8)
+    with LLM(compile_cache=str(tmp_path), strict_compile_cache=True, max_num_seqs=8) as llm:
+        chosen = llm.llm_engine._core._executor._runner.choices
+        assert chosen.decode == {n: StepChoice(num_threads=2) for n in (1, 2, 4, 8)}
+        with_choices = llm.generate(["Once upon a time"], params, use_tqdm=False)
+    with LLM() as llm:
+        assert llm.generate(["Once upon a time"], params, use_tqdm=False)[0].outputs[0].token_ids == (
+            with_choices[0].outputs[0].token_ids
+        )
+
+
+def fewest_seconds(executor: ModelExecutor) -> float:
+    (choice,) = executor._runner.choices.decode.values()
+    return {None: 1.0, 1: 1.5, 2: 0.5}[choice.num_threads]
+
+
+def test_steps_are_measured_with_random_weights_where_there_are_none(tmp_path: Path) -> None:
+    config = EngineConfig(model=str(config_only(tmp_path / "model")), max_num_seqs=2)
+    report = run_warmup(config, tmp_path / "store", measure=measure_choices.measure_choices)
+    assert report.is_complete and states(report)["choices"] == {"built": 1}
+
+
+def test_measuring_is_refused_where_a_fixed_order_leaves_nothing_to_choose(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="deterministic=True"):
+        run_warmup(EngineConfig(deterministic=True), tmp_path, measure=measure_choices.measure_choices)
 
 
 def test_the_report_has_a_row_for_each_artifact(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ class StubStep:
 
     Attributes:
         lowered: the plan as it is launched.
+        backend: binds its launches.
         launches: of all steps so far, as the driver saw them.
     """
 
@@ -34,7 +35,7 @@ class StubStep:
         self.lowered: TritonPlan = lower_to_triton(built.plan, cache, TARGET, overlap=overlap)
         compiled = {key: compile_for(kernel, TARGET) for key, kernel in self.lowered.distinct_kernels().items()}
         self._stub = StubCuda({c.name: c.binary for c in compiled.values()})
-        backend = TritonBackend(self.lowered, compiled, CudaDriver(self._stub), CPU)
+        self.backend = backend = TritonBackend(self.lowered, compiled, CudaDriver(self._stub), CPU)
         backend.table_lens = [4] * len(built.plan.cache_groups)
         inputs = {
             "input_ids": torch.zeros(1, MAX_SEQS, dtype=torch.int64),

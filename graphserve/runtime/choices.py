@@ -1,0 +1,119 @@
+"""Measured choices: how decode steps run fastest on one device, as ``graphserve warmup --measure`` found it.
+
+Nothing depends on a table being there: without one, or for steps that it does not know, the defaults in the sources
+hold. No choice changes what is computed; on a GPU it may change the order in which a sum is added up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from graphserve.artifacts import Artifact, ArtifactStore
+from graphserve.plan.runner import StepSize
+from graphserve.plan.schema import Dim
+
+KIND, FILE = "choices", "choices.json"
+
+_SOURCE_FOLDERS = ("kernels", "runtime")
+
+
+class StepChoice(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How decode steps of one size run. None leaves the default.
+
+    Attributes:
+        num_threads: threads of the generated C++ (CPU); by default all that torch uses.
+        segments: programs that share the keys of one query in attention (GPU).
+        vector_products: products that a vector kernel computes, not the library, by :func:`product_name` (GPU).
+    """
+
+    num_threads: int | None = None
+    segments: int | None = None
+    vector_products: tuple[str, ...] | None = None
+
+
+DEFAULT = StepChoice()
+
+
+class MeasuredChoices(msgspec.Struct, frozen=True):
+    """Choices by number of sequences of a decode step.
+
+    Attributes:
+        decode: for each measured number its choice; a number between two of them takes that of the smaller.
+    """
+
+    decode: dict[int, StepChoice] = {}
+
+    def of(self, size: StepSize) -> StepChoice:
+        """The choice for a step; the default for one that is no decode step."""
+        if size.num_tokens != size.num_seqs:
+            return DEFAULT
+        measured = max((n for n in self.decode if n <= size.num_seqs), default=None)
+        return DEFAULT if measured is None else self.decode[measured]
+
+
+def product_name(weight_shape: tuple[Dim, ...]) -> str:
+    """What a table calls the product with a weight of shape [N, K]."""
+    return "x".join(map(str, weight_shape))
+
+
+def choice_factors(plan_factors: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Everything that a table depends on: the plan, the kernels that were timed, and the device."""
+    return {**plan_factors, "kernel sources": _source_hash(), "device": _device_name(device)}
+
+
+def load_choices(store: ArtifactStore, factors: Mapping[str, Any]) -> MeasuredChoices | None:
+    """The stored table for ``factors``, or None."""
+    artifact = store.find(KIND, factors)
+    return None if artifact is None else msgspec.json.decode(artifact.read(FILE), type=MeasuredChoices)
+
+
+def save_choices(
+    store: ArtifactStore, factors: Mapping[str, Any], choices: MeasuredChoices, built: Mapping[str, Any]
+) -> Artifact:
+    """Store a table.
+
+    Args:
+        built: facts about the measuring, for people.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    data = msgspec.json.format(msgspec.json.encode(choices), indent=1)
+    return store.put(KIND, factors, {FILE: data}, f"measured choices for {factors['device']}", built)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+@cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+@cache
+def _source_hash() -> str:
+    """SHA-256 over all sources of kernels and runtime: another kernel was not measured."""
+    package = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for folder in _SOURCE_FOLDERS:
+        for path in sorted((package / folder).rglob("*")):
+            if path.is_file() and path.suffix != ".pyc":
+                digest.update(str(path.relative_to(package)).encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
