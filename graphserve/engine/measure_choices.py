@@ -22,6 +22,7 @@ from graphserve.progress import phase
 from graphserve.runtime.choices import DEFAULT, MeasuredChoices, StepChoice, product_name
 from graphserve.runtime.launch_specs import op_name, value_name
 from graphserve.runtime.load import load_model
+from graphserve.runtime.processors import usable_threads
 from graphserve.runtime.step_input import SamplingInput, StepInput
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def moves(plan: Plan, device: torch.device, num_seqs: int) -> Iterator[Move]:
     """What may be better than the default for steps of so many sequences."""
     if device.type == "cpu":
         num_threads = 1
-        while num_threads < torch.get_num_threads():
+        while num_threads < usable_threads():
             yield partial(msgspec.structs.replace, num_threads=num_threads)
             num_threads *= 2
         return

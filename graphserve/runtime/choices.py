@@ -1,7 +1,7 @@
 """Measured choices: how decode steps run fastest on one device, as ``graphserve warmup --measure`` found it.
 
 Nothing depends on a table being there: without one, or for steps that it does not know, the defaults in the sources
-hold. No choice changes what is computed; on a GPU it may change the order in which a sum is added up.
+hold. No choice changes what is computed, though it may change the order in which a sum is added up.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from graphserve.artifacts import Artifact, ArtifactStore
 from graphserve.plan.runner import StepSize
 from graphserve.plan.schema import Dim
+from graphserve.runtime.processors import usable_threads
 
 KIND, FILE = "choices", "choices.json"
 
@@ -29,7 +30,7 @@ class StepChoice(msgspec.Struct, frozen=True, omit_defaults=True):
     """How decode steps of one size run. None leaves the default.
 
     Attributes:
-        num_threads: threads of the generated C++ (CPU); by default all that torch uses.
+        num_threads: threads of the generated C++ (CPU); by default ``usable_threads()``.
         segments: programs that share the keys of one query in attention (GPU).
         vector_products: products that a vector kernel computes, not the library, by :func:`product_name` (GPU).
     """
@@ -93,7 +94,7 @@ def save_choices(
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {usable_threads()} threads"
 
 
 @cache

