@@ -22,6 +22,7 @@ from graphserve.models.tokenizer import Tokenizer, load_tokenizer
 from graphserve.models.weight_loading import run_program
 from graphserve.plan.schema import Plan
 from graphserve.progress import phase
+from graphserve.runtime.choices import KIND as CHOICES
 from graphserve.runtime.choices import MeasuredChoices, choice_factors, load_choices
 from graphserve.runtime.find_plan import build_meta, compile_model, find_or_compile, folder_factors
 from graphserve.runtime.memory import device_memory
@@ -130,13 +131,11 @@ def _load_runner(
 def _find_choices(
     config: EngineConfig, folder: Path, store: ArtifactStore, device: torch.device
 ) -> MeasuredChoices | None:
-    if config.deterministic:
+    if config.deterministic or next(store.artifacts(CHOICES), None) is None:
         return None
-    choices = load_choices(store, choice_factors(folder_factors(config, folder), device))
-    if choices is not None:
-        logger.info(
-            "decode steps run as measured on this device, for %s sequences", ", ".join(map(str, choices.decode))
-        )
+    with phase("find measured choices") as work:
+        choices = load_choices(store, choice_factors(folder_factors(config, folder), device))
+        work.note = "none for this model and device" if choices is None else f"{len(choices.decode)} step sizes"
     return choices
 
 
