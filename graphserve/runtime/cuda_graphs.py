@@ -30,7 +30,7 @@ class CudaGraphs:
         cuda: ``torch.cuda``, or what stands in for it in tests.
 
     Attributes:
-        num_bytes: device memory that captures took so far, measured with everything else in place.
+        num_bytes: device memory that the graphs took, measured with everything else in place.
     """
 
     def __init__(self, cuda: Any = torch.cuda) -> None:
@@ -82,10 +82,13 @@ class CudaGraphs:
         self._graphs[key].graph.replay()
 
     def close(self) -> None:
-        """Destroy all graphs; none may be running."""
+        """Destroy all graphs; none may be running. Others can be recorded afterwards."""
         for captured in self._graphs.values():
             captured.graph.reset()
         self._graphs.clear()
+        # torch refuses a pool whose last graph is gone.
+        self._pool = self._cuda.graph_pool_handle()
+        self.num_bytes = 0
 
     @contextmanager
     def _capture(self, graph: Any) -> Iterator[None]:

@@ -32,9 +32,11 @@ class StubCuda:
         self.events: list[str] = []
         self.capturing: StubGraph | None = None
         self.pools: set[Any] = set()
+        self._num_handles = 0
 
     def graph_pool_handle(self) -> tuple[int, int]:
-        return (0, 1)
+        self._num_handles += 1
+        return (0, self._num_handles)
 
     def mem_get_info(self) -> tuple[int, int]:
         return self.free, 1 << 40
@@ -96,6 +98,16 @@ def test_all_graphs_share_one_pool_and_their_memory_is_counted() -> None:
     for size in (8, 4, 1):
         assert graphs.record(key(size), recording())
     assert len(cuda.pools) == 1 and len(graphs) == 3 and graphs.num_bytes == 3 << 20
+
+
+def test_graphs_that_are_recorded_after_all_were_destroyed_have_a_pool_of_their_own() -> None:
+    cuda = StubCuda()
+    graphs = CudaGraphs(cuda)
+    for num_pools in (1, 2):
+        graphs.close()
+        assert len(graphs) == graphs.num_bytes == 0
+        assert graphs.record(key(1), recording()) and graphs.record(key(2), recording())
+        assert len(cuda.pools) == num_pools and graphs.num_bytes == 2 << 20
 
 
 def test_garbage_is_not_collected_during_a_capture() -> None:
