@@ -11,6 +11,7 @@ Sections, in order:
 * memory: the memory plan of a 0.5B shape beside what the driver reports
 * captures, decode, gaps, sampling, nodes, prefill, timeline: whole steps of an 8B Llama shape with random weights
 * text: the demo model's greedy text out of that shape, before and after a sleep
+* choices: what ``warmup --measure`` finds for that shape, and what it gains
 * tests: ``tests/gpu`` in several processes, then those that need the device alone
 
 Times are medians of CUDA events. A section that fails is reported with its traceback and the rest still runs. With
@@ -39,6 +40,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import gpu_step
+from benchmarks.gpu_choices import measure_choices
 from benchmarks.gpu_decode import measure_decode
 from benchmarks.gpu_kernels import measure_kernels
 from benchmarks.gpu_logits import measure_logits
@@ -251,6 +253,7 @@ def main() -> int:
         "prefill": (lambda: gpu_step.measure_prefill(model.get()), 20),
         "timeline": (lambda: measure_timeline(model.get()), 30),
         "text": (lambda: measure_text(model.get(), torch.device("cuda")), 20),
+        "choices": (lambda: measure_choices(model.get(), deadline.left), 30),
         "release": (model.close, 0),
         "tests": (lambda: run_tests(deadline), 60),
     }

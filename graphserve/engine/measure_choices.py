@@ -109,7 +109,7 @@ def best_choice(
 
     def seconds(choice: StepChoice) -> float:
         executor.use_choices(MeasuredChoices({num_seqs: choice}))
-        return _step_seconds(executor, step, clock)
+        return step_seconds(executor, step, clock)
 
     def wins(candidate: StepChoice, best: StepChoice) -> bool:
         return seconds(candidate) < seconds(best) * (1 - LEAST_GAIN)
@@ -123,7 +123,7 @@ def best_choice(
     return best
 
 
-def _step_seconds(executor: Executor, step: StepInput, clock: Callable[[], float]) -> float:
+def step_seconds(executor: Executor, step: StepInput, clock: Callable[[], float]) -> float:
     """Median time from the end of one step to that of the next, as many in flight as the executor takes."""
     handles: deque = deque()
     ends: list[float] = []

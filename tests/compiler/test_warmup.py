@@ -115,7 +115,7 @@ def test_measured_choices_are_stored_once_and_a_start_takes_them(
 ) -> None:
     monkeypatch.setattr(measure_choices, "usable_threads", lambda: 4)
     # As on a machine where a step is fastest on two threads.
-    monkeypatch.setattr(measure_choices, "_step_seconds", lambda executor, step, clock: fewest_seconds(executor))
+    monkeypatch.setattr(measure_choices, "step_seconds", lambda executor, step, clock: fewest_seconds(executor))
     warmup = ["warmup", "--measure", "--max-num-seqs", "8", "--output", str(tmp_path)]
     assert main([*warmup, "--check"]) == 1
     assert "missing: measured choices for" in capsys.readouterr().out
