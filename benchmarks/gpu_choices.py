@@ -1,4 +1,4 @@
-"""Measured choices of an 8B Llama shape: what ``graphserve warmup --measure`` finds on the device, and what it gains."""
+"""Measured choices of an 8B Llama shape: what ``warmup --measure`` finds on the device, and what it gains."""
 
 from __future__ import annotations
 
