@@ -54,8 +54,8 @@ def load_model(config: EngineConfig, backend: Backend = "auto") -> LoadedModel:
     """Load the model that ``config`` names, compiling it unless its plan is stored.
 
     Order: what can be refused cheaply is refused first (config, tokenizer's files, weight headers), then the model is
-    compiled, its memory is planned, and the weights are read, the tokenizer beside all that. With a stored plan neither
-    Dynamo nor `transformers` is imported.
+    compiled, its memory is planned, and the weights are read. The tokenizer is loaded beside all that; once it has
+    failed, no more weights are read. With a stored plan neither Dynamo nor `transformers` is imported.
 
     Raises:
         ConfigError: an option or the model's config cannot be served.
@@ -68,7 +68,7 @@ def load_model(config: EngineConfig, backend: Backend = "auto") -> LoadedModel:
         folder = find_model(config)
     with ThreadPoolExecutor(1, "tokenizer loader") as beside, ExitStack() as undo:
         tokenizer = None if config.skip_tokenizer_init else _start_tokenizer(config, folder, store, beside)
-        runner, plan, memory = _load_runner(config, folder, store, device, backend)
+        runner, plan, memory = _load_runner(config, folder, store, device, backend, tokenizer)
         undo.callback(runner.close)
         with phase("load tokenizer"):  # what is left of it
             loaded = tokenizer.result() if tokenizer is not None else None
@@ -98,8 +98,18 @@ def _start_tokenizer(
     return tokenizer
 
 
+def _raise_if_failed(tokenizer: Future[Tokenizer] | None) -> None:
+    if tokenizer is not None and tokenizer.done():
+        tokenizer.result()
+
+
 def _load_runner(
-    config: EngineConfig, folder: Path, store: ArtifactStore, device: torch.device, backend: Backend
+    config: EngineConfig,
+    folder: Path,
+    store: ArtifactStore,
+    device: torch.device,
+    backend: Backend,
+    tokenizer: Future[Tokenizer] | None,
 ) -> tuple[ModelRunner, Plan, MemoryPlan]:
     if config.load_format == "dummy":
         store.begin_build(f"the plan of {config.model} (load_format=dummy stores none)")
@@ -110,6 +120,7 @@ def _load_runner(
         plan, constants = found.compiled.plan, found.compiled.constants
         assert found.weight_program is not None
         parameters = partial(run_program, found.weight_program, folder)
+    _raise_if_failed(tokenizer)
     with phase("plan memory") as work:
         memory = plan_memory(plan, config, *device_memory(device))
         work.note = str(memory)
@@ -119,6 +130,7 @@ def _load_runner(
     def read() -> Iterator[tuple[str, torch.Tensor]]:
         with phase("load weights", unit="tensors") as work:
             for item in parameters():
+                _raise_if_failed(tokenizer)
                 work.advance()
                 yield item
 

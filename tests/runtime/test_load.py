@@ -3,9 +3,14 @@
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from graphserve.artifacts import ArtifactStore
 from graphserve.compiler.warmup import run_warmup
@@ -13,8 +18,12 @@ from graphserve.config import EngineConfig
 from graphserve.demo import demo_path
 from graphserve.errors import CacheMissError, ConfigError
 from graphserve.models.checkpoint import Checkpoint
-from graphserve.runtime.find_plan import find_or_compile, plan_factors, weight_factors
+from graphserve.models.tokenizer import Tokenizer, load_tokenizer
+from graphserve.models.weight_loading import run_program
+from graphserve.runtime import load
+from graphserve.runtime.find_plan import ModelPlan, find_or_compile, plan_factors, weight_factors
 from graphserve.runtime.load import load_model
+from graphserve.runtime.model_runner import ModelRunner
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +89,87 @@ def test_a_broken_tokenizer_file_ends_the_start_by_name(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read"):
         load_model(EngineConfig(model=str(folder)))
+
+
+class BrokenTokenizer:
+    """A model with its plan stored, whose tokenizer.json is no JSON, and the moment at which that comes out."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        shutil.copytree(demo_path(), folder)
+        (folder / "tokenizer.json").write_text("no JSON")
+        self.config = EngineConfig(model=str(folder))
+        self._is_due = threading.Event()
+        self._futures: list[Future[Tokenizer]] = []
+        self._start = load._start_tokenizer
+        patch.setattr(load, "load_tokenizer", self._load_when_due)
+        patch.setattr(load, "_start_tokenizer", self._start_and_note)
+
+    def _load_when_due(self, *args: Any, **kwargs: Any) -> Tokenizer:
+        assert self._is_due.wait(timeout=60)
+        return load_tokenizer(*args, **kwargs)
+
+    def _start_and_note(self, *args: Any) -> Future[Tokenizer]:
+        self._futures.append(self._start(*args))
+        return self._futures[0]
+
+    def fail(self) -> None:
+        """Let it fail now, and wait until it has."""
+        self._is_due.set()
+        wait(self._futures)
+
+    def load_model(self) -> None:
+        with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read"):
+            load_model(self.config)
+
+
+@pytest.fixture
+def broken(store_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BrokenTokenizer:
+    monkeypatch.setenv("GRAPHSERVE_CACHE", str(store_root))
+    return BrokenTokenizer(tmp_path / "model", monkeypatch)
+
+
+def test_a_broken_tokenizer_is_told_before_any_weight_is_read(
+    broken: BrokenTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_and_fail(*args: Any) -> ModelPlan:
+        broken.fail()
+        return find_or_compile(*args)
+
+    monkeypatch.setattr(load, "find_or_compile", find_and_fail)
+    monkeypatch.setattr(load, "run_program", lambda *args: pytest.fail("weights were read"))
+    broken.load_model()
+
+
+def test_once_the_tokenizer_has_failed_no_more_weights_are_read(
+    broken: BrokenTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+
+    def recorded(*args: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in run_program(*args):
+            given.append(name)
+            yield name, tensor
+            broken.fail()
+
+    monkeypatch.setattr(load, "run_program", recorded)
+    broken.load_model()
+    assert len(given) == 2, "the one that was being placed, and the one after it"
+
+
+def test_a_tokenizer_that_fails_last_closes_the_runner(
+    broken: BrokenTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[ModelRunner] = []
+
+    class Recorded(ModelRunner):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            broken.fail()
+
+        def close(self) -> None:
+            super().close()
+            closed.append(self)
+
+    monkeypatch.setattr(load, "ModelRunner", Recorded)
+    broken.load_model()
+    assert len(closed) == 1 and not closed[0].weights
