@@ -31,7 +31,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         label: for people: what it is.
         factors: everything that decides the files' contents, by name; the key is their hash.
         files: by name.
-        built: facts about the making that are no factor: versions of tools, seconds.
+        built: facts about the making that are no factor (versions of tools, seconds), and of a plan the checkpoint
+            layout that it foresees.
     """
 
     kind: str

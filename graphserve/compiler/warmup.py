@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,15 @@ from graphserve.models.checkpoint import Checkpoint
 from graphserve.models.converted_tokenizer import conversion_factors
 from graphserve.models.hub import resolve_model
 from graphserve.models.tokenizer import convertible_files, load_tokenizer
+from graphserve.plan.store import foreseen_layout, load_plan
 from graphserve.progress import phase
 from graphserve.runtime.choices import KIND as CHOICES
 from graphserve.runtime.choices import MeasuredChoices, choice_factors, save_choices
 from graphserve.runtime.find_plan import (
     ModelPlan,
+    checkpoint_layout,
     find_or_compile,
     find_or_compile_config,
-    find_plan,
     folder_factors,
     plan_factors,
     weight_factors,
@@ -142,31 +143,33 @@ def _plan(
 ) -> ModelPlan | None:
     checkpoint = _checkpoint(folder)
     factors = plan_factors(config, folder, checkpoint)
-    before = store.find("plan", factors)
+    had_plan = store.find("plan", factors) is not None
+    layout = _layout(store, factors, checkpoint)
+    had_program = layout is not None and store.find("weights", weight_factors(factors, layout)) is not None
+    found: ModelPlan | None
     if check:
-        if checkpoint is not None and before is None:
-            found = None
-        elif checkpoint is not None:
-            found = find_plan(config, folder, store)
-        else:
-            found = find_or_compile_config(config, folder, store) if before is not None else None
+        compiled = load_plan(store, factors)
+        found = ModelPlan(compiled, None) if compiled is not None else None
     else:
         find = find_or_compile if checkpoint is not None else find_or_compile_config
         found = find(config, folder, store)
     name = f"{config.model} (dtype {config.dtype}, max_model_len {config.max_model_len})"
-    if found is None:
-        report.add("plan", f"plan of {name}", store.find("plan", factors), was_there=True)
-    else:
-        artifact = store.find("plan", factors)
-        report.add(
-            "plan", f"plan of {name}, {len(found.compiled.plan.launches)} launches", artifact, before is not None
-        )
-    if checkpoint is not None:
-        shapes = {tensor: tuple(entry.shape) for tensor, entry in checkpoint.tensors.items()}
-        program = store.find("weights", weight_factors(factors, shapes))
-        why = "" if check else ": it depends on the values of this checkpoint's tied weights"
-        report.add("weights", f"weight program of {name}{why if program is None else ''}", program, before is not None)
+    launches = f", {len(found.compiled.plan.launches)} launches" if found is not None else ""
+    report.add("plan", f"plan of {name}{launches}", store.find("plan", factors), had_plan)
+    layout = _layout(store, factors, checkpoint)
+    if layout is not None:
+        program = store.find("weights", weight_factors(factors, layout))
+        is_refused = program is None and checkpoint is not None and not check
+        why = ": it depends on the values of this checkpoint's tied weights" if is_refused else ""
+        report.add("weights", f"weight program of {name}{why}", program, had_program)
     return found
+
+
+def _layout(store: ArtifactStore, factors: Mapping[str, Any], checkpoint: Checkpoint | None) -> str | None:
+    """The layout of the checkpoint; without one, that which the stored plan foresees, if any."""
+    if checkpoint is None:
+        return foreseen_layout(store, factors)
+    return checkpoint_layout({name: tuple(entry.shape) for name, entry in checkpoint.tensors.items()})
 
 
 def _checkpoint(folder: Path) -> Checkpoint | None:

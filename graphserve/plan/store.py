@@ -5,7 +5,7 @@
     weights  weights.json           how checkpoint tensors become parameters
 
 Both are readable. A plan follows from ``config.json``; the weight program also from the names and shapes of the
-checkpoint's tensors.
+checkpoint's tensors. A plan's manifest says for which of these a program can be foreseen.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from graphserve.artifacts.manifest import SECONDS
 from graphserve.artifacts.store import Artifact, ArtifactStore
 from graphserve.plan.schema import PLAN_VERSION, Plan
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PLAN_FILE, CONSTANTS_FILE, WEIGHTS_FILE = "plan.json", "constants.safetensors", "weights.json"
+FORESEEN_LAYOUT = "foreseen checkpoint layout"  # the fact in a plan's manifest
 
 # Sources that decide what a plan says; those of the kernels themselves have keys of their own.
 _SOURCE_FOLDERS = ("compiler", "passes", "kernels", "plan", "models")
@@ -67,10 +69,25 @@ def load_plan(store: ArtifactStore, factors: Mapping[str, Any]) -> CompiledPlan 
     return CompiledPlan(plan, load(artifact.read(CONSTANTS_FILE)))
 
 
+def foreseen_layout(store: ArtifactStore, factors: Mapping[str, Any]) -> str | None:
+    """What :func:`save_plan` was told of the checkpoint layout; None also if there is no such plan."""
+    artifact = store.find("plan", factors)
+    return None if artifact is None else artifact.manifest.built[FORESEEN_LAYOUT]
+
+
 def save_plan(
-    store: ArtifactStore, factors: Mapping[str, Any], compiled: CompiledPlan, seconds: float = 0.0
+    store: ArtifactStore,
+    factors: Mapping[str, Any],
+    compiled: CompiledPlan,
+    layout: str | None = None,
+    seconds: float = 0.0,
 ) -> Artifact | None:
-    """Store a plan; None if nothing could be written (said in the log). ``seconds``: what making it took."""
+    """Store a plan; None if nothing could be written (said in the log).
+
+    Args:
+        layout: digest of the checkpoint layout that follows from the config; None if none does.
+        seconds: what making it took.
+    """
     from safetensors.torch import save
 
     model = compiled.plan.model
@@ -79,7 +96,7 @@ def save_plan(
         CONSTANTS_FILE: save(compiled.constants),
     }
     label = f"{model.get('architecture', 'model')}, {model.get('num_layers', '?')} layers, {model.get('dtype', '?')}"
-    return _put(store, "plan", factors, files, label, seconds)
+    return _put(store, "plan", factors, files, label, {FORESEEN_LAYOUT: layout, SECONDS: round(seconds, 3)})
 
 
 def load_weight_program(store: ArtifactStore, factors: Mapping[str, Any]) -> WeightProgram | None:
@@ -93,14 +110,19 @@ def load_weight_program(store: ArtifactStore, factors: Mapping[str, Any]) -> Wei
 def save_weight_program(store: ArtifactStore, factors: Mapping[str, Any], program: WeightProgram) -> Artifact | None:
     """Store a weight program; None if nothing could be written (said in the log)."""
     label = f"weight program of {len(program.rules)} parameters"
-    return _put(store, "weights", factors, {WEIGHTS_FILE: msgspec.json.encode(program)}, label, 0.0)
+    return _put(store, "weights", factors, {WEIGHTS_FILE: msgspec.json.encode(program)}, label, {SECONDS: 0.0})
 
 
 def _put(
-    store: ArtifactStore, kind: str, factors: Mapping[str, Any], files: dict[str, bytes], label: str, seconds: float
+    store: ArtifactStore,
+    kind: str,
+    factors: Mapping[str, Any],
+    files: dict[str, bytes],
+    label: str,
+    built: dict[str, Any],
 ) -> Artifact | None:
     try:
-        return store.put(kind, factors, files, label, {"seconds": round(seconds, 3)})
+        return store.put(kind, factors, files, label, built)
     except OSError as error:
         logger.warning("%s could not be stored: %s", label, error)
         return None

@@ -21,6 +21,7 @@ from graphserve.models.checkpoint import Checkpoint
 from graphserve.models.config import DTYPE_NAMES, read_config_json
 from graphserve.plan.store import (
     CompiledPlan,
+    foreseen_layout,
     load_plan,
     load_weight_program,
     save_plan,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from graphserve.compiler.build import BuildResult
-    from graphserve.models.weight_program import WeightProgram
+    from graphserve.models.weight_program import Shape, WeightProgram
 
 logger = logging.getLogger(__name__)
 
@@ -77,25 +78,24 @@ def folder_factors(config: EngineConfig, folder: Path) -> dict[str, Any]:
     return plan_factors(config, folder, checkpoint)
 
 
-def weight_factors(plan: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Everything a stored weight program depends on: names and shapes of the stored tensors, not their values."""
-    layout = sorted((name, list(shape)) for name, shape in shapes.items())
-    names = ("config", "dtype", "graphserve sources", "transformers", "torch")
-    return {**{name: plan[name] for name in names}, "checkpoint layout": _digest(layout)}
+def checkpoint_layout(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """A digest of the names and shapes of a checkpoint's tensors."""
+    return _digest(sorted((name, list(shape)) for name, shape in shapes.items()))
 
 
-def find_plan(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan | None:
-    """The stored plan of a checkpoint with its weight program, or None unless both are there.
+def weight_factors(plan: Mapping[str, Any], layout: str) -> dict[str, Any]:
+    """Everything a stored weight program depends on: names and shapes of the stored tensors, not their values.
 
-    Raises:
-        ConfigError: the folder has no safetensors checkpoint.
+    Args:
+        plan: the factors of the model's plan.
+        layout: :func:`checkpoint_layout` of the tensors.
     """
-    checkpoint = Checkpoint.open(folder)
-    return _stored(store, plan_factors(config, folder, checkpoint), checkpoint)
+    names = ("config", "dtype", "graphserve sources", "transformers", "torch")
+    return {**{name: plan[name] for name in names}, "checkpoint layout": layout}
 
 
 def _stored(store: ArtifactStore, factors: Mapping[str, Any], checkpoint: Checkpoint) -> ModelPlan | None:
-    program = load_weight_program(store, weight_factors(factors, _shapes(checkpoint)))
+    program = load_weight_program(store, weight_factors(factors, checkpoint_layout(_shapes(checkpoint))))
     compiled = load_plan(store, factors) if program is not None else None
     return None if compiled is None else ModelPlan(compiled, program)
 
@@ -122,26 +122,20 @@ def find_or_compile_config(config: EngineConfig, folder: Path, store: ArtifactSt
     """The plan of a model of which only ``config.json`` is at hand; its weight program where it can be foreseen."""
     factors = plan_factors(config, folder, None)
     with phase("find stored plan") as work:
-        compiled = load_plan(store, factors)
-        work.note = "found" if compiled is not None else explain_miss(store, "plan", factors, same=("config",))
-    if compiled is not None:
-        return ModelPlan(compiled, None)
+        found = _stored_config(store, factors)
+        work.note = "found" if found is not None else explain_miss(store, "plan", factors, same=("config",))
+    if found is not None:
+        return found
     with store.lock("plan", factors):
-        compiled = load_plan(store, factors)
-        if compiled is not None:
-            return ModelPlan(compiled, None)
-        store.begin_build(f"the plan of {config.model}")
-        _import_transformers()
-        from graphserve.models.weight_loading import foreseen_program
+        return _stored_config(store, factors) or _compile_config(config, folder, factors, store)
 
-        meta, max_model_len = build_meta(config, folder, None)
-        compiled = _compile_and_save(meta, max_model_len, config, factors, store)
-        foreseen = foreseen_program(meta)
-        if foreseen is None:
-            return ModelPlan(compiled, None)
-        program, shapes = foreseen
-        save_weight_program(store, weight_factors(factors, shapes), program)
-        return ModelPlan(compiled, program)
+
+def _stored_config(store: ArtifactStore, factors: Mapping[str, Any]) -> ModelPlan | None:
+    compiled, layout = load_plan(store, factors), foreseen_layout(store, factors)
+    program = load_weight_program(store, weight_factors(factors, layout)) if layout is not None else None
+    if compiled is None or (layout is not None and program is None):
+        return None
+    return ModelPlan(compiled, program)
 
 
 def build_meta(config: EngineConfig, folder: Path, stored: torch.dtype | None) -> tuple[Any, int]:
@@ -181,7 +175,7 @@ def _compile_checkpoint(config: EngineConfig, folder: Path, store: ArtifactStore
     store.begin_build(f"the plan of {config.model}")
     _import_transformers()
     with phase("check weights"):
-        from graphserve.models.weight_loading import check_checkpoint, stored_dtype, tied_names
+        from graphserve.models.weight_loading import check_checkpoint, foreseen_program, stored_dtype, tied_names
 
         checkpoint = Checkpoint.open(folder)
         meta, max_model_len = build_meta(config, folder, stored_dtype(folder))
@@ -191,19 +185,42 @@ def _compile_checkpoint(config: EngineConfig, folder: Path, store: ArtifactStore
         factors["untied"] = sorted(tied - tied_names(meta))
     # A tied pair that is stored twice was compared by value, which says nothing of another checkpoint.
     if not set(checkpoint.tensors).intersection(program.aliases) and not factors["untied"]:
-        save_weight_program(store, weight_factors(factors, _shapes(checkpoint)), program)
-    compiled = load_plan(store, factors) or _compile_and_save(meta, max_model_len, config, factors, store)
+        save_weight_program(store, weight_factors(factors, checkpoint_layout(_shapes(checkpoint))), program)
+    compiled = load_plan(store, factors) or _compile_and_save(
+        meta, max_model_len, config, factors, foreseen_program(meta), store
+    )
+    return ModelPlan(compiled, program)
+
+
+def _compile_config(config: EngineConfig, folder: Path, factors: Mapping[str, Any], store: ArtifactStore) -> ModelPlan:
+    store.begin_build(f"the plan of {config.model}")
+    _import_transformers()
+    from graphserve.models.weight_loading import foreseen_program
+
+    meta, max_model_len = build_meta(config, folder, None)
+    foreseen = foreseen_program(meta)
+    compiled = load_plan(store, factors) or _compile_and_save(meta, max_model_len, config, factors, foreseen, store)
+    if foreseen is None:
+        return ModelPlan(compiled, None)
+    program, shapes = foreseen
+    save_weight_program(store, weight_factors(factors, checkpoint_layout(shapes)), program)
     return ModelPlan(compiled, program)
 
 
 def _compile_and_save(
-    meta: Any, max_model_len: int, config: EngineConfig, factors: Mapping[str, Any], store: ArtifactStore
+    meta: Any,
+    max_model_len: int,
+    config: EngineConfig,
+    factors: Mapping[str, Any],
+    foreseen: tuple[WeightProgram, dict[str, Shape]] | None,
+    store: ArtifactStore,
 ) -> CompiledPlan:
     begin = time.monotonic()
     built = compile_model(meta, max_model_len, quantization=config.quantization)
     compiled = CompiledPlan(built.plan, built.constants)
     with phase("store plan"):
-        save_plan(store, factors, compiled, time.monotonic() - begin)
+        layout = checkpoint_layout(foreseen[1]) if foreseen is not None else None
+        save_plan(store, factors, compiled, layout, time.monotonic() - begin)
     return compiled
 
 

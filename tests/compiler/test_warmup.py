@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -55,6 +57,58 @@ def test_a_second_warmup_builds_nothing_and_check_agrees(store: Path) -> None:
         report = run_warmup(EngineConfig(), store, check=check)
         assert report.is_complete and all(set(count) == {"stored"} for count in states(report).values())
         assert "complete: a start compiles nothing" in str(report)
+
+
+def copied(store: Path, to: Path, without: tuple[str, ...]) -> Path:
+    """The store, less the artifacts of some kinds."""
+    shutil.copytree(store, to)
+    for kind in without:
+        shutil.rmtree(to / kind)
+    return to
+
+
+def test_check_of_a_config_names_a_weight_program_that_is_gone_and_warmup_makes_it_again(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(config_only(tmp_path / "model"))
+    part = copied(store, tmp_path / "part", without=("weights",))
+    assert main(["warmup", model, "--check", "--output", str(part)]) == 1
+    assert f"missing: weight program of {model}" in capsys.readouterr().out and not (part / "weights").exists()
+    found = states(run_warmup(EngineConfig(model=model), part))
+    assert found["plan"] == {"stored": 1} and found["weights"] == {"built": 1} and set(found["cpu"]) == {"stored"}
+    assert main(["warmup", model, "--check", "--output", str(part)]) == 0
+    made, before = (next(ArtifactStore(root).artifacts("weights")).manifest for root in (part, store))
+    assert made == before
+
+
+def test_a_model_of_which_no_weight_program_can_be_foreseen_is_complete_without(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(model=str(config_only(tmp_path / "model")))
+    part = copied(store, tmp_path / "part", without=("plan", "weights"))
+    monkeypatch.setattr("graphserve.models.weight_loading.foreseen_program", lambda model: None)
+    for check in (False, True):
+        report = run_warmup(config, part, check=check)
+        assert report.is_complete and "weights" not in states(report)
+
+
+def test_what_a_checkpoint_gave_is_complete_for_its_config(store: Path, tmp_path: Path) -> None:
+    part = copied(store, tmp_path / "part", without=("plan", "weights"))
+    assert run_warmup(EngineConfig(), part).is_complete
+    report = run_warmup(EngineConfig(model=str(config_only(tmp_path / "model"))), part, check=True)
+    assert report.is_complete and states(report)["weights"] == {"stored": 1}
+
+
+def test_check_of_a_config_imports_no_transformers(store: Path, tmp_path: Path) -> None:
+    model = config_only(tmp_path / "model")
+    code = (
+        "import sys\n"
+        "from graphserve.cli.main import main\n"
+        f"status = main(['warmup', {str(model)!r}, '--check', '--output', {str(store)!r}])\n"
+        "sys.exit(status or int('transformers' in sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_start_with_weights_needs_only_what_the_config_gave(store: Path) -> None:

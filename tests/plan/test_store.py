@@ -9,7 +9,14 @@ import torch
 from graphserve.artifacts import ArtifactStore
 from graphserve.models.weight_program import Load, ParameterRule, WeightProgram
 from graphserve.plan.schema import CacheGroup, CacheSpec, Launch, Plan, TensorSpec, WeightPart, WeightSpec
-from graphserve.plan.store import CompiledPlan, load_plan, load_weight_program, save_plan, save_weight_program
+from graphserve.plan.store import (
+    CompiledPlan,
+    foreseen_layout,
+    load_plan,
+    load_weight_program,
+    save_plan,
+    save_weight_program,
+)
 
 FACTORS = {"config": "abc", "torch": "2.13.0"}
 
@@ -46,6 +53,14 @@ def test_what_was_saved_is_loaded(store: ArtifactStore, compiled: CompiledPlan) 
     assert found is not None and found.plan == compiled.plan
     assert torch.equal(found.constants["inv_freq"], compiled.constants["inv_freq"])
     assert load_plan(store, {**FACTORS, "torch": "other"}) is None
+
+
+def test_a_stored_plan_says_which_checkpoint_it_foresees(store: ArtifactStore, compiled: CompiledPlan) -> None:
+    assert foreseen_layout(store, FACTORS) is None
+    save_plan(store, FACTORS, compiled, layout="abc")
+    assert foreseen_layout(store, FACTORS) == "abc"
+    save_plan(store, {**FACTORS, "torch": "other"}, compiled)
+    assert foreseen_layout(store, {**FACTORS, "torch": "other"}) is None
 
 
 def test_a_weight_program_survives(store: ArtifactStore) -> None:

@@ -21,7 +21,13 @@ from graphserve.models.checkpoint import Checkpoint
 from graphserve.models.tokenizer import Tokenizer, load_tokenizer
 from graphserve.models.weight_loading import run_program
 from graphserve.runtime import load
-from graphserve.runtime.find_plan import ModelPlan, find_or_compile, plan_factors, weight_factors
+from graphserve.runtime.find_plan import (
+    ModelPlan,
+    checkpoint_layout,
+    find_or_compile,
+    plan_factors,
+    weight_factors,
+)
 from graphserve.runtime.load import load_model
 from graphserve.runtime.model_runner import ModelRunner
 
@@ -55,8 +61,11 @@ def test_options_that_change_the_plan_change_its_key(option: dict[str, object]) 
 
 def test_the_layout_of_the_checkpoint_keys_its_weight_program_alone(tmp_path: Path) -> None:
     factors = plan_factors(EngineConfig(), demo_path(), None)
-    one = weight_factors(factors, {"a": (2, 3)})
-    assert one != weight_factors(factors, {"a": (3, 2)}) and one != weight_factors(factors, {"b": (2, 3)})
+    layouts: list[dict[str, tuple[int, ...]]] = [{"a": (2, 3)}, {"a": (3, 2)}, {"b": (2, 3)}]
+    one, *others = (weight_factors(factors, checkpoint_layout(layout)) for layout in layouts)
+    assert one not in others
+    both = [checkpoint_layout(dict.fromkeys(names, (2,))) for names in ("ab", "ba")]
+    assert both[0] == both[1], "the order of the tensors says nothing"
     assert plan_factors(EngineConfig(), demo_path(), Checkpoint.open(demo_path())) == factors
 
 
