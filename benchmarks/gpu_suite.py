@@ -5,7 +5,7 @@
 Sections, in order:
 
 * environment
-* rates: read bandwidth and bf16 matrix rate of the device, to which the others are compared
+* rates: read bandwidth and bf16 matrix rate of the device, to which the others are compared, and copies from the host
 * kernels: GB/s or TFLOP/s beside the library call a user would pick
 * logits: three layers of the 8B Llama shape beside eager ``transformers``, all positions
 * memory: the memory plan of a 0.5B shape beside what the driver reports

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 
 import torch
 
@@ -11,6 +12,7 @@ from graphserve.errors import CheckpointError
 from graphserve.plan.arena import launch_inputs
 from graphserve.plan.runner import run_once, torch_dtype
 from graphserve.plan.schema import Plan, WeightPart, WeightSpec
+from graphserve.runtime.pinned_copies import PinnedCopies
 
 
 def materialize_weights(
@@ -41,10 +43,13 @@ def materialize_weights(
             places[part.parameter].append((name, part, start))
             start += part.size
     missing = set(places)
-    for name, tensor in parameters:
-        missing.discard(name)
-        for weight_name, part, start in places.get(name, ()):
-            _place(weights, weight_name, plan.weights[weight_name], part, start, tensor, device, into)
+    with PinnedCopies(device) if device.type == "cuda" else nullcontext() as copies:
+        for name, tensor in parameters:
+            missing.discard(name)
+            if copies is not None and name in places and tensor.device.type == "cpu":
+                tensor = copies.copy(tensor)
+            for weight_name, part, start in places.get(name, ()):
+                _place(weights, weight_name, plan.weights[weight_name], part, start, tensor, device, into)
     if missing:
         raise CheckpointError(f"parameters that never came: {', '.join(sorted(missing)[:10])} ({len(missing)} in all)")
     _run_init(plan, weights, device, into)
