@@ -35,7 +35,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, metavar="PATH", help="folder or .tar.zst file to fill (default: the user's cache)"
     )
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="compilers at a time (default: 2)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="compilers at a time (default: one a processor)")
     parser.add_argument("--check", action="store_true", help="only tell whether everything is stored, compile nothing")
     parser.add_argument(
         "--measure",
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
             from graphserve.engine.measure_choices import measure_choices
 
             measure = measure_choices if options.measure else None
-            report = run_warmup(config, options.output, targets, options.check, max(1, options.jobs), measure)
+            report = run_warmup(config, options.output, targets, options.check, options.jobs, measure)
     finally:
         progress.set_sink(previous)
     text = json.dumps(report.as_dict(), indent=1) if options.report else str(report)

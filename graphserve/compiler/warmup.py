@@ -15,13 +15,13 @@ import msgspec
 from graphserve.artifacts import Artifact, ArtifactStore, open_store
 from graphserve.artifacts.bundle import SUFFIX, export_bundle, import_bundle
 from graphserve.artifacts.eviction import limit_bytes, prune
-from graphserve.compiler.compile_jobs import compile_in_processes
 from graphserve.compiler.warmup_kernels import cpp_kernels, triton_kernels
 from graphserve.compiler.warmup_report import WarmupReport
 from graphserve.config import EngineConfig
 from graphserve.errors import ConfigError
 from graphserve.kernels.cpu import CppKernel, compile_missing, compiler, stored_libraries
 from graphserve.kernels.cpu.isa import ISA_LEVELS, isa_level
+from graphserve.kernels.triton.compile_jobs import compile_in_processes, default_jobs
 from graphserve.kernels.triton.compiled import TRITON_VERSION, find_compiled
 from graphserve.kernels.triton.kernel import TARGETS as GPU_TARGETS
 from graphserve.kernels.triton.kernel import TritonKernel
@@ -44,8 +44,6 @@ from graphserve.runtime.find_plan import (
 )
 from graphserve.runtime.load import find_model, pick_device
 
-DEFAULT_JOBS = 2
-
 # Loads the model of a config and times its steps.
 Measure = Callable[[EngineConfig], MeasuredChoices]
 
@@ -55,7 +53,7 @@ def run_warmup(
     output: Path | None = None,
     targets: Sequence[str] = ("cpu",),
     check: bool = False,
-    num_jobs: int = DEFAULT_JOBS,
+    num_jobs: int | None = None,
     measure: Measure | None = None,
 ) -> WarmupReport:
     """Store the plan, the weight program and the kernels of a model for some targets.
@@ -64,7 +62,7 @@ def run_warmup(
         output: a folder or ``.tar.zst`` file; the user's cache by default.
         targets: ``cpu`` (this processor's ISA level), ``cpu:LEVEL``, or a GPU target such as ``cuda:90``.
         check: compile nothing, only report what is there.
-        num_jobs: compilers that run at a time.
+        num_jobs: compilers that run at a time, by default one a processor.
         measure: times how decode steps run fastest on the device at hand; what it finds is stored too.
 
     Raises:
@@ -75,6 +73,7 @@ def run_warmup(
         check_target(target)
     if measure is not None and config.deterministic:
         raise ConfigError("measure with deterministic=True: a fixed order of every sum leaves nothing to choose")
+    num_jobs = default_jobs() if num_jobs is None else max(1, num_jobs)
     folder = find_model(config)
     with _store_of(output, check) as store:
         report = WarmupReport(str(output) if output is not None else str(store.root))

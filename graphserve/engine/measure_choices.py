@@ -18,11 +18,11 @@ from graphserve.engine.executor import Executor
 from graphserve.engine.llm_engine import LLMEngine
 from graphserve.engine.make_executor import make_executor
 from graphserve.plan.schema import Plan
+from graphserve.processors import usable_threads
 from graphserve.progress import phase
 from graphserve.runtime.choices import DEFAULT, MeasuredChoices, StepChoice, product_name
 from graphserve.runtime.launch_specs import op_name, value_name
 from graphserve.runtime.load import load_model
-from graphserve.runtime.processors import usable_threads
 from graphserve.runtime.step_input import SamplingInput, StepInput
 
 logger = logging.getLogger(__name__)

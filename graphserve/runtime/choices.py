@@ -19,7 +19,7 @@ import torch
 from graphserve.artifacts import Artifact, ArtifactStore
 from graphserve.plan.runner import StepSize
 from graphserve.plan.schema import Dim
-from graphserve.runtime.processors import usable_threads
+from graphserve.processors import usable_threads
 
 KIND, FILE = "choices", "choices.json"
 

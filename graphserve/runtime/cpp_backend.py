@@ -25,6 +25,7 @@ from graphserve.kernels.cpu import (
 from graphserve.plan.arena import launch_inputs
 from graphserve.plan.runner import Action, PlanRunner, StepSize
 from graphserve.plan.schema import Launch, Plan
+from graphserve.processors import usable_threads
 from graphserve.progress import phase
 from graphserve.runtime.batch_invariance import require_kernels
 from graphserve.runtime.choices import MeasuredChoices
@@ -37,7 +38,6 @@ from graphserve.runtime.launch_specs import (
     value_name,
     value_specs,
 )
-from graphserve.runtime.processors import usable_threads
 
 logger = logging.getLogger(__name__)
 

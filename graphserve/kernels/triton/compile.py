@@ -21,12 +21,16 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.errors import TritonError
 
 from graphserve.artifacts import ArtifactStore, open_store
 from graphserve.kernels.triton.compiled import CompiledKernel, compile_into
 from graphserve.kernels.triton.grid import evaluate, grid_size
 from graphserve.kernels.triton.kernel import TARGETS, TRITON_TYPES, TritonKernel
 from graphserve.plan.cache_dir import cache_dir
+
+# What a kernel that does not compile raises.
+COMPILE_ERRORS = (RuntimeError, TritonError)
 
 _SASS_MMA = re.compile(r"\b(?:[HIQDB]G?MMA|UTC[A-Z]*MMA)\b")
 _SASS_OPERATION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)

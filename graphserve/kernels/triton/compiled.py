@@ -11,6 +11,7 @@ The key is the kernel's own and the target. Triton's version is no factor: a bin
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -117,26 +118,48 @@ def find_or_compile_kernels(
 ) -> dict[str, CompiledKernel]:
     """The binary of each kernel. Triton is imported only if one is missing; any version's binary is taken.
 
+    Several missing ones are compiled side by side, one a processor.
+
     Args:
         kernels: by key.
-        progress: called after each kernel with (done, total).
+        progress: called after each kernel with (done, total), from any thread.
 
     Raises:
         CacheMissError: one is not stored and the store is strict.
+        CompileError: Triton refuses one (a bug of ours).
     """
+    done = itertools.count(1)
+
+    def advance() -> None:
+        if progress is not None:
+            progress(next(done), len(kernels))
+
     compiled: dict[str, CompiledKernel] = {}
-    for done, (key, kernel) in enumerate(kernels.items(), start=1):
+    missing: dict[str, TritonKernel] = {}
+    for key, kernel in kernels.items():
         artifact = find_compiled(store, kernel, target)
+        if artifact is None:
+            missing[key] = kernel
+        else:
+            compiled[key] = decode_compiled(artifact)
+            advance()
+    if store.is_strict and missing:
+        store.begin_build(f"kernel {next(iter(missing.values())).symbol} for {target}")
+    is_parallel = len(missing) > 1 and store.is_writable
+    if is_parallel:
+        from graphserve.kernels.triton.compile_jobs import compile_in_processes, default_jobs
+
+        compile_in_processes(list(missing.values()), target, store, default_jobs(), advance)
+    for key, kernel in missing.items():
+        artifact = find_compiled(store, kernel, target) if is_parallel else None
         if artifact is not None:
             compiled[key] = decode_compiled(artifact)
-        else:
-            if store.is_strict:
-                store.begin_build(f"kernel {kernel.symbol} for {target}")
-            from graphserve.kernels.triton.compile import compile_for
+            continue
+        from graphserve.kernels.triton.compile import compile_for
 
-            compiled[key] = compile_for(kernel, target, store)
-        if progress is not None:
-            progress(done, len(kernels))
+        compiled[key] = compile_for(kernel, target, store)
+        if not is_parallel:
+            advance()
     return compiled
 
 

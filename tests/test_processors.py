@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from graphserve.runtime import processors
-from graphserve.runtime.processors import granted_processors, usable_threads
+from graphserve import processors
+from graphserve.processors import granted_processors, usable_threads
 
 
 @pytest.mark.parametrize(
@@ -32,10 +33,14 @@ def test_a_machine_without_control_groups_has_no_limit(tmp_path: Path) -> None:
     assert granted_processors(tmp_path) is None
 
 
-@pytest.mark.parametrize(("torchs", "granted", "expected"), [(64, 2, 2), (2, 64, 2), (8, None, 8)])
-def test_the_smaller_number_counts(
-    torchs: int, granted: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("torchs", "bound", "granted", "expected"), [(64, 64, 2, 2), (2, 64, 64, 2), (8, 9, None, 8), (64, 3, None, 3)]
+)
+def test_the_smallest_number_counts(
+    torchs: int, bound: int, granted: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: torchs)
-    monkeypatch.setattr(processors, "_granted", lambda: granted)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(bound)))
+    monkeypatch.setattr(processors, "granted_processors", lambda: granted)
+    monkeypatch.setattr(processors, "available_processors", processors.available_processors.__wrapped__)
     assert usable_threads() == expected

@@ -1,24 +1,31 @@
-"""How many threads generated C++ may run on."""
+"""How many processors this process may use."""
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
-
-import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_threads() -> int:
-    """Threads that torch uses, but no more than the container's share of processor time.
+    """Threads that torch uses, but no more than there are processors for.
 
     Threads of a step wait for one another between kernels; with more of them than processors, each wait may last as
     long as the scheduler lets another one run.
     """
-    granted = _granted()
-    most = torch.get_num_threads()
-    return most if granted is None else min(granted, most)
+    import torch
+
+    return min(torch.get_num_threads(), available_processors())
+
+
+@cache
+def available_processors() -> int:
+    """Processors that the process is bound to, but no more than its container's share of processor time."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    granted = granted_processors()
+    return bound if granted is None else min(bound, granted)
 
 
 def granted_processors(cgroup: Path = _CGROUP) -> int | None:
@@ -34,11 +41,6 @@ def granted_processors(cgroup: Path = _CGROUP) -> int | None:
         return None
     quota, period = map(int, words)
     return -(-quota // period)
-
-
-@cache
-def _granted() -> int | None:
-    return granted_processors()
 
 
 def _read(path: Path) -> str:

@@ -1,0 +1,131 @@
+"""Many Triton kernels at a time: each worker is a process, because Triton's front end is Python.
+
+Workers are fresh interpreters that get kernels line by line. Nothing is forked, since this process runs the threads of
+torch, and the caller's own script is not imported again. A worker ends when its input does, so also with its parent.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+
+from graphserve.artifacts.store import ArtifactStore
+from graphserve.errors import CompileError, ConfigError
+from graphserve.kernels.triton.kernel import TritonKernel
+from graphserve.processors import available_processors
+
+MAX_JOBS = 16  # a worker takes some 300 MB
+
+
+class Reply(msgspec.Struct):
+    """What a worker says of one kernel: why it does not compile, or nothing."""
+
+    error: str | None = None
+
+
+def default_jobs() -> int:
+    """Compilers at a time when a start has to compile: one a processor."""
+    return min(MAX_JOBS, available_processors())
+
+
+def compile_in_processes(
+    kernels: Sequence[TritonKernel],
+    target: str,
+    store: ArtifactStore,
+    num_jobs: int,
+    advance: Callable[[], None] = lambda: None,
+    is_stopped: Callable[[], bool] = lambda: False,
+    niceness: int = 0,
+) -> None:
+    """Compile kernels into the store.
+
+    Args:
+        advance: called after each kernel, from any thread.
+        is_stopped: asked before each kernel; those that are left then are not compiled.
+        niceness: added to that of the workers, so that other work goes first.
+
+    Raises:
+        CompileError: Triton refuses a kernel (a bug of ours), or a worker was killed.
+        ConfigError: Triton is not installed.
+        CacheMissError: the store is strict.
+    """
+    if not kernels:
+        return
+    for kernel in kernels:
+        store.begin_build(f"kernel {kernel.symbol} for {target}")
+    if find_spec("triton") is None:
+        raise ConfigError(f"target {target} needs Triton to compile: pip install triton")
+    waiting: queue.SimpleQueue[TritonKernel] = queue.SimpleQueue()
+    for kernel in kernels:
+        waiting.put(kernel)
+    has_failed = threading.Event()
+
+    def work(_: int) -> None:
+        try:
+            with _Worker(target, store.root, niceness) as worker:
+                while not (has_failed.is_set() or is_stopped()):
+                    try:
+                        kernel = waiting.get_nowait()
+                    except queue.Empty:
+                        return
+                    worker.compile(kernel)
+                    advance()
+        except CompileError:
+            has_failed.set()
+            raise
+
+    num_workers = min(num_jobs, len(kernels))
+    with ThreadPoolExecutor(num_workers, "kernel compiler") as pool:
+        list(pool.map(work, range(num_workers)))
+
+
+class _Worker:
+    """A process that compiles one kernel after the other."""
+
+    def __init__(self, target: str, root: Path, niceness: int) -> None:
+        self._target = target
+        command = [sys.executable, "-P", "-m", "graphserve.kernels.triton.compile_worker"]
+        command += [target, str(root), str(niceness)]
+        # It finds packages as this process does, and its errors go where ours go.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def compile(self, kernel: TritonKernel) -> None:
+        """Have one kernel in the store.
+
+        Raises:
+            CompileError: it does not compile, or the process has ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(msgspec.json.encode(kernel) + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            raise CompileError(
+                f"the compiler of {kernel.symbol} for {self._target} ended with status {self._process.wait()} "
+                "(-9 is a lack of memory, mostly: fewer jobs need less)"
+            )
+        reply = msgspec.json.decode(line, type=Reply)
+        if reply.error is not None:
+            raise CompileError(f"{kernel.symbol} does not compile for {self._target}: {reply.error}")
