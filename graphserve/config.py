@@ -64,7 +64,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             (``GRAPHSERVE_CACHE``, else ``~/.cache/graphserve``).
         strict_compile_cache: nothing is compiled: whatever is not in the compile cache is an error.
         start: ``full`` compiles everything before the first request; ``tiered`` answers at once with plain torch
-            launches where kernels are missing, and changes to compiled ones when they are ready (CPU).
+            launches where kernels are missing, and changes to compiled ones when they are ready.
         max_logprobs: most log-probabilities a position may report, -1 for no limit.
         served_model_name: name(s) under which a server offers the model.
         disable_log_stats: no periodic statistics in the log.

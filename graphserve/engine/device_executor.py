@@ -57,7 +57,7 @@ class DeviceExecutor:
         largest = StepSize((largest_step.num_tokens, largest_step.num_rows, largest_step.num_seqs))
         buckets = CaptureBuckets(largest_step.num_lanes, self._decode_sizes)
         self._runner.allocate(num_blocks, block_size, largest, largest_step.num_lanes, buckets)
-        if self._record_ahead:
+        if self._record_ahead and self._runner.can_record:
             begin = time.perf_counter()
             self._runner.record((StepSize((n, n, n)) for n in buckets.decode_sizes), self._record_ahead)
             stats = self.stats()

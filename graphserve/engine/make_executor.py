@@ -45,7 +45,14 @@ def _device_executor(config: EngineConfig, model: ModelRunner) -> Executor:
         model.plan,
         model.weights,
         model.device,
-        lowering=TritonLowering(model.device, stream, store, config.deterministic, choices=model.choices),
+        lowering=TritonLowering(
+            model.device,
+            stream,
+            store,
+            config.deterministic,
+            choices=model.choices,
+            is_tiered=config.start == "tiered",
+        ),
         graphs=None if config.enforce_eager else graphs,
         stream=stream,
     )

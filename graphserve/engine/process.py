@@ -39,6 +39,7 @@ from graphserve.engine.messages import (
     ToEngine,
 )
 from graphserve.errors import RequestError
+from graphserve.plan.cache_dir import remove_own_folder
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,7 @@ def main() -> None:
 
     status = run_engine_process(int(sys.argv[1]), load_engine)
     sys.stderr.flush()
+    remove_own_folder()
     os._exit(status)  # the engine is closed; Python's own teardown with torch loaded would take seconds more
 
 

@@ -1,30 +1,35 @@
-"""Building C++ libraries beside a model that runs already."""
+"""Building kernels beside a model that runs already."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections.abc import Callable
+from typing import Protocol
 
-from graphserve.artifacts import ArtifactStore
 from graphserve.errors import GraphserveError
-from graphserve.kernels.cpu import CppKernel, compile_missing
 
 logger = logging.getLogger(__name__)
 
+NICENESS = 15  # with equal rights, compilers on every core made the first answer of a tiered start take 3.6 s
 
-_NICENESS = 15  # with equal rights, compilers on every core made the first answer of a tiered start take 3.6 s
+
+class Build(Protocol):
+    """Fills a store with kernels; ``is_stopped`` is asked before each of them."""
+
+    def __call__(self, *, is_stopped: Callable[[], bool], niceness: int) -> None: ...
 
 
 class BackgroundBuild:
-    """A thread that fills the store with the libraries of some kernels.
+    """A thread that runs a build.
 
-    Invariant: once ``is_done``, either every library is in the store or ``error`` says why not.
+    Invariant: once ``is_done``, either everything is in the store or ``error`` says why not.
     """
 
-    def __init__(self, kernels: list[CppKernel], store: ArtifactStore) -> None:
+    def __init__(self, build: Build) -> None:
         self.error: GraphserveError | None = None
-        self._kernels, self._store = kernels, store
+        self._build = build
         self._is_stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kernel build", daemon=True)
         self._thread.start()
@@ -45,7 +50,7 @@ class BackgroundBuild:
     def _run(self) -> None:
         begin = time.monotonic()
         try:
-            compile_missing(self._kernels, self._store, is_stopped=self._is_stopped.is_set, niceness=_NICENESS)
+            self._build(is_stopped=self._is_stopped.is_set, niceness=NICENESS)
         except GraphserveError as error:
             self.error = error
         else:

@@ -156,6 +156,11 @@ class DeviceRunner:
         return self._inputs.num_bytes + self._last_tokens.nbytes + self._programs.arena_bytes
 
     @property
+    def can_record(self) -> bool:
+        """Whether steps are recorded, and every launch has its kernel by now."""
+        return self._programs is not None and self._programs.can_record
+
+    @property
     def num_graphs(self) -> int:
         """Recordings of steps or of their parts."""
         return 0 if self._programs is None else self._programs.num_graphs
@@ -184,6 +189,7 @@ class DeviceRunner:
         variant = variant_of(step.sampling, self.limits)
         size = StepSize((len(step.input_ids), len(step.logits_indices), len(step.seq_lens)))
         with self._on_stream():
+            self._programs.complete()
             if self._should_record(variant, size):
                 self._programs.record(variant, size)
             self._inputs.write(step, variant, slot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from graphserve.artifacts import ArtifactStore, open_store
 from graphserve.errors import CompileError, ConfigError
 from graphserve.kernels import register_all
-from graphserve.kernels.cpu import missing_libraries
+from graphserve.kernels.cpu import compile_missing, missing_libraries
 from graphserve.plan.runner import PlanRunner, StepSize
 from graphserve.plan.schema import Plan
 from graphserve.progress import phase
@@ -174,7 +175,7 @@ class ModelRunner:
         if self._is_tiered and self._cpp is None:
             kernels = list(kernel_plan.kernels.values())
             if missing_libraries(kernels, self._store):
-                self._background = BackgroundBuild(kernels, self._store)
+                self._background = BackgroundBuild(partial(compile_missing, kernels, self._store))
                 return
         try:
             if self._cpp is None:

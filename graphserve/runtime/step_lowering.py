@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from graphserve.artifacts import ArtifactStore
+from graphserve.kernels.triton.compile_jobs import compile_in_processes, default_jobs
+from graphserve.kernels.triton.compiled import (
+    CompiledKernel,
+    decode_compiled,
+    find_compiled,
+    find_or_compile_kernels,
+)
+from graphserve.kernels.triton.kernel import TritonKernel
 from graphserve.kernels.triton.overlap import MEASURED_TARGETS
 from graphserve.plan.runner import Binder
 from graphserve.plan.schema import Plan
 from graphserve.progress import phase
+from graphserve.runtime.background_build import BackgroundBuild
 from graphserve.runtime.choices import MeasuredChoices
 from graphserve.runtime.cuda_driver import CudaDriver
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.triton_backend import TritonBackend, target_of
 from graphserve.runtime.triton_plan import TritonPlan, lower_to_triton
+
+logger = logging.getLogger(__name__)
 
 
 def lower_variants(
@@ -39,6 +52,10 @@ class TritonLowering:
         deterministic: a row's bits must not depend on the other rows of its step.
         overlap: small steps launch kernels while the one in front still runs; by default where this was measured.
         choices: how decode steps run fastest, where that was measured.
+        is_tiered: kernels that are not stored are compiled in the background, while their launches run as plain torch.
+
+    Attributes:
+        is_complete: every launch has its kernel.
     """
 
     def __init__(
@@ -49,24 +66,26 @@ class TritonLowering:
         deterministic: bool = False,
         overlap: bool | None = None,
         choices: MeasuredChoices | None = None,
+        is_tiered: bool = False,
     ) -> None:
+        self.is_complete = True
         self._device = device
         self._stream = stream
         self._store = store
         self._deterministic = deterministic
         self._overlap = overlap
         self._choices = choices or MeasuredChoices()
+        self._is_tiered = is_tiered
         self._backend: TritonBackend | None = None
+        self._kernels: dict[str, TritonKernel] = {}
+        self._background: BackgroundBuild | None = None
 
     def lower(self, plans: Sequence[Plan], kv_cache: KVCache, table_len: int) -> list[tuple[Plan, dict[str, Binder]]]:
-        from graphserve.kernels.triton.compiled import find_or_compile_kernels
-
-        target = target_of(torch.cuda.get_device_capability(self._device))
-        overlap = target in MEASURED_TARGETS if self._overlap is None else self._overlap
-        lowered, together = lower_variants(plans, kv_cache, target, self._deterministic, overlap)
-        kernels = together.distinct_kernels()
-        with phase("compile Triton kernels", total=len(kernels), unit="kernels") as work:
-            compiled = find_or_compile_kernels(kernels, target, self._store, lambda done, total: work.advance())
+        overlap = self._target in MEASURED_TARGETS if self._overlap is None else self._overlap
+        lowered, together = lower_variants(plans, kv_cache, self._target, self._deterministic, overlap)
+        self._kernels = together.distinct_kernels()
+        # What a store that cannot be written would take from the background is lost.
+        compiled = self._begin_tiered() if self._is_tiered and self._store.is_writable else self._compile()
         driver = CudaDriver()
         driver.use_device(self._device.index or 0)
         backend = TritonBackend(together, compiled, driver, self._device, self._stream.cuda_stream)
@@ -75,12 +94,47 @@ class TritonLowering:
         backend.choices = self._choices
         return [(plan.plan, {"triton": backend, "library": backend}) for plan in lowered]
 
+    @property
+    def _target(self) -> str:
+        return target_of(torch.cuda.get_device_capability(self._device))
+
+    def _compile(self) -> dict[str, CompiledKernel]:
+        with phase("compile Triton kernels", total=len(self._kernels), unit="kernels") as work:
+            return find_or_compile_kernels(self._kernels, self._target, self._store, lambda *_: work.advance())
+
+    def _begin_tiered(self) -> dict[str, CompiledKernel]:
+        """The kernels that are stored; the others are compiled from now on."""
+        found = {key: find_compiled(self._store, kernel, self._target) for key, kernel in self._kernels.items()}
+        missing = [self._kernels[key] for key, artifact in found.items() if artifact is None]
+        if missing:
+            self._store.begin_build(f"kernel {missing[0].symbol} for {self._target}")  # raises if nothing may be built
+            self.is_complete = False
+            build = partial(compile_in_processes, missing, self._target, self._store, default_jobs())
+            self._background = BackgroundBuild(build)
+            logger.info("%d of %d kernels are compiled in the background", len(missing), len(found))
+        return {key: decode_compiled(artifact) for key, artifact in found.items() if artifact is not None}
+
+    def complete(self) -> bool:
+        if self._background is None or not self._background.is_done:
+            return False
+        error, self._background = self._background.error, None
+        if error is not None:
+            logger.warning("plain torch goes on running where a kernel is missing: %s", error)
+            return False
+        assert self._backend is not None
+        self._backend.load(self._compile())
+        self.is_complete = True
+        return True
+
     def use_choices(self, choices: MeasuredChoices) -> None:
         self._choices = choices
         if self._backend is not None:
             self._backend.choices = choices
 
     def close(self) -> None:
+        if self._background is not None:
+            self._background.stop()
+            self._background = None
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()

@@ -30,7 +30,13 @@ GraphsMaker = Callable[[Callable[[StepSize], Mapping[str, int]]], StepGraphs]
 
 
 class Lowering(Protocol):
-    """Gives launches their kernels."""
+    """Gives launches their kernels.
+
+    Attributes:
+        is_complete: every launch has its kernel; until then some run as plain torch, which cannot be recorded.
+    """
+
+    is_complete: bool
 
     def lower(
         self, plans: Sequence[Plan], kv_cache: KVCache, table_len: int
@@ -42,6 +48,9 @@ class Lowering(Protocol):
             table_len: places of a row of a block table.
         """
 
+    def complete(self) -> bool:
+        """Take kernels that were built since the launches were bound; whether there are any."""
+
     def use_choices(self, choices: MeasuredChoices) -> None:
         """Bind decode steps so from now on."""
 
@@ -50,10 +59,15 @@ class Lowering(Protocol):
 
 
 class References:
-    """The lowering that leaves every launch to its reference."""
+    """The lowering that leaves every launch to its reference, for devices whose recorder takes these."""
+
+    is_complete = True
 
     def lower(self, plans: Sequence[Plan], kv_cache: KVCache, table_len: int) -> list[tuple[Plan, dict[str, Binder]]]:
         return [(plan, {}) for plan in plans]
+
+    def complete(self) -> bool:
+        return False
 
     def use_choices(self, choices: MeasuredChoices) -> None:
         pass
@@ -151,6 +165,11 @@ class StepPrograms:
         return self._arena.memory.numel()
 
     @property
+    def can_record(self) -> bool:
+        """Whether there are recordings, and every launch has its kernel by now."""
+        return self._graphs is not None and self._lowering.is_complete
+
+    @property
     def num_graphs(self) -> int:
         """Recordings so far; a split step has two."""
         return 0 if self._graphs is None else len(self._graphs)
@@ -181,7 +200,7 @@ class StepPrograms:
 
     def record(self, variant: Variant, size: StepSize) -> None:
         """Record a step, unless this was tried before. It runs once, with the inputs of a step without effect."""
-        if self._graphs is None or (variant, size) in self._recorded:
+        if self._graphs is None or not self.can_record or (variant, size) in self._recorded:
             return
         self._recorded.add((variant, size))  # also if there is no memory for it: it is not tried again
         program = self._programs[variant]
@@ -194,12 +213,20 @@ class StepPrograms:
             if not self._graphs.record(GraphKey(variant, part, size), recording):
                 return
 
+    def complete(self) -> None:
+        """Between two steps: use kernels that were built since the last one."""
+        if not self._lowering.is_complete and self._lowering.complete():
+            self._bind_anew()
+
     def use_choices(self, choices: MeasuredChoices) -> None:
         """Bind and record decode steps so from now on. No step may be on its way."""
         self._lowering.use_choices(choices)
         if self._graphs is not None:
             self._graphs.close()
         self._recorded.clear()
+        self._bind_anew()
+
+    def _bind_anew(self) -> None:
         for program in self._programs.values():
             program.forget()
 

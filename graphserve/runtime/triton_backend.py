@@ -44,7 +44,8 @@ class TritonBackend:
 
     Args:
         plan: from :func:`graphserve.runtime.triton_plan.lower_to_triton`.
-        compiled: binaries of the plan's kernels by key.
+        compiled: binaries of the plan's kernels by key. A launch with a kernel that is not among them is left to its
+            reference.
         driver: with the device's context current on this thread.
         device: where the runner's tensors live.
         stream: the ``CUstream`` that launches go to, 0 for the default one.
@@ -69,9 +70,9 @@ class TritonBackend:
         self._decode_kernels = {
             plan.kernels[index][0].symbol: choices for index, choices in plan.decode_kernels.items()
         }
-        self._launchers = {
-            key: CudaLauncher(driver, kernel, compiled[key]) for key, kernel in plan.distinct_kernels().items()
-        }
+        self._driver = driver
+        self._launchers: dict[str, CudaLauncher] = {}
+        self.load(compiled)
         self._device = device
         self._stream = stream
         # Two areas: kernels that need zeros leave zeros behind, the others leave anything.
@@ -79,6 +80,12 @@ class TritonBackend:
         self._outgrown: list[torch.Tensor] = []  # launches bound before still point there
         self.table_lens: list[int] = []
         self.choices = MeasuredChoices()
+
+    def load(self, compiled: Mapping[str, CompiledKernel]) -> None:
+        """Load those of the plan's kernels that were not compiled before. Launches must then be bound anew."""
+        for key, kernel in self._plan.distinct_kernels().items():
+            if key in compiled and key not in self._launchers:
+                self._launchers[key] = CudaLauncher(self._driver, kernel, compiled[key])
 
     @property
     def num_kernels(self) -> int:
@@ -91,6 +98,9 @@ class TritonBackend:
             x = tensors[value_name(launch.args[0])]
             if self._plan.is_library_product(launch, x.numel() // x.shape[-1], self.choices.of(size)):
                 return bind_product(launch, tensors)
+        kernels = self._kernels_of(launch, tensors, size)
+        if any(kernel.key not in self._launchers for kernel in kernels):
+            return None
         scalars = self._scalars(size)
         overlaps = self._plan.overlap and size.num_tokens <= MAX_OVERLAP_TOKENS
         pointers = [tensors[name].data_ptr() if name else None for name in tensor_names(launch)]
@@ -98,7 +108,7 @@ class TritonBackend:
             self._launchers[kernel.key].prepare(
                 pointers, scalars, self._scratch_address(kernel, scalars), self._stream, overlaps
             )
-            for kernel in self._kernels_of(launch, tensors, size)
+            for kernel in kernels
         ]
         return launches[0] if len(launches) == 1 else SeveralLaunches(launches)
 

@@ -20,6 +20,7 @@ from graphserve.runtime.device_runner import DeviceRunner
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.recorder import Recorder
 from graphserve.runtime.step_input import SamplingInput, StepInput
+from graphserve.runtime.step_programs import References
 
 MAX_MODEL_LEN = 512
 
@@ -31,7 +32,7 @@ _LIBRARY.define(
 )
 
 
-class FakeKernel:
+class FakeKernel(References):
     """The launch of a fake model: the lowering of a step's plans, and the binder of their one ``triton`` launch."""
 
     def __init__(self, model: FakeRunner) -> None:

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 Model = tuple[Plan, dict[str, torch.Tensor]]
 
 
-class Interpreter:
+class Interpreter(References):
     """Binds launches to their kernels in Triton's interpreter; a lowering and its own binder."""
 
     def __init__(self) -> None:
@@ -63,9 +63,6 @@ class Interpreter:
 
     def finish(self, actions: list[Action], size: StepSize) -> list[Action]:
         return actions
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from graphserve.config import EngineConfig
 from graphserve.engine.llm_engine import LLMEngine
 from graphserve.errors import CompileError, ConfigError
 from graphserve.kernels.cpu import compiler
-from graphserve.runtime import background_build
+from graphserve.runtime import model_runner
 from graphserve.runtime.load import load_model
 from graphserve.runtime.model_runner import ModelRunner
 from graphserve.sampling_params import SamplingParams
@@ -66,13 +66,13 @@ def test_the_kernels_take_over_in_the_middle_of_a_text_and_change_no_token(
     plans: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_build = threading.Event()
-    compile_missing = background_build.compile_missing
+    compile_missing = model_runner.compile_missing
 
     def held_up(*args: object, **kwargs: object) -> None:
         assert may_build.wait(60)
         compile_missing(*args, **kwargs)
 
-    monkeypatch.setattr(background_build, "compile_missing", held_up)
+    monkeypatch.setattr(model_runner, "compile_missing", held_up)
     tiered = Stepped(plans, "tiered")
     for _ in range(7):
         tiered.step()
@@ -101,7 +101,7 @@ def test_a_build_that_fails_leaves_plain_torch_running(
     def fail(*args: object, **kwargs: object) -> None:
         raise CompileError("the compiler is broken")
 
-    monkeypatch.setattr(background_build, "compile_missing", fail)
+    monkeypatch.setattr(model_runner, "compile_missing", fail)
     monkeypatch.setattr("graphserve.runtime.model_runner.missing_libraries", lambda *_: ["all"])
     tiered = Stepped(plans, "tiered")
     assert all(len(tokens) == 24 for tokens in tiered.finish().values())
