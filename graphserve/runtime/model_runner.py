@@ -172,7 +172,7 @@ class ModelRunner:
         with phase("generate C++ kernels"):
             kernel_plan = lower_to_cpp(self.plan, self.kv_cache, deterministic=self._deterministic)
         self._stop_background()
-        if self._is_tiered and self._cpp is None:
+        if self._is_tiered and self._cpp is None and not self._store.is_strict:
             kernels = list(kernel_plan.kernels.values())
             if missing_libraries(kernels, self._store):
                 self._background = BackgroundBuild(partial(compile_missing, kernels, self._store))

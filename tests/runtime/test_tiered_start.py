@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from graphserve.artifacts import ArtifactStore
 from graphserve.compiler.warmup import run_warmup
 from graphserve.config import EngineConfig
 from graphserve.engine.llm_engine import LLMEngine
-from graphserve.errors import CompileError, ConfigError
+from graphserve.errors import CacheMissError, CompileError, ConfigError
 from graphserve.kernels.cpu import compiler
 from graphserve.runtime import model_runner
 from graphserve.runtime.load import load_model
@@ -107,6 +108,16 @@ def test_a_build_that_fails_leaves_plain_torch_running(
     assert all(len(tokens) == 24 for tokens in tiered.finish().values())
     assert tiered.kinds == {"reference"} and "the compiler is broken" in caplog.text
     tiered.engine.close()
+
+
+def test_a_strict_store_refuses_to_build_in_the_background_too(plans: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(plans, store, ignore=shutil.ignore_patterns("cpp"))
+    config = EngineConfig(compile_cache=str(store), start="tiered", strict_compile_cache=True, **OPTIONS)
+    loaded = load_model(config)
+    with pytest.raises(CacheMissError, match="is not in the store"):
+        LLMEngine.from_loaded(config, loaded)
+    loaded.model_runner.close()
 
 
 def test_closing_stops_the_build_and_keeps_what_is_done(plans: Path, tmp_path: Path) -> None:
