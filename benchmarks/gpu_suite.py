@@ -9,6 +9,7 @@ Sections, in order:
 * kernels: GB/s or TFLOP/s beside the library call a user would pick
 * logits: three layers of the 8B Llama shape beside eager ``transformers``, all positions
 * memory: the memory plan of a 0.5B shape beside what the driver reports
+* startup: seconds to the first token on the device, cold, tiered and warm, phase by phase
 * captures, decode, gaps, sampling, nodes, prefill, timeline: whole steps of an 8B Llama shape with random weights
 * text: the demo model's greedy text out of that shape, before and after a sleep
 * choices: what ``warmup --measure`` finds for that shape, and what it gains
@@ -159,9 +160,9 @@ def _run_together(parts: list[list[str]], end: float) -> list[TestRun]:
         ]
 
 
-def measure_memory() -> dict[str, Any]:
-    """The memory plan of a 0.5B shape against what the driver reports, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory_plan", "--device", "cuda"]
+def run_benchmark(module: str, *options: str) -> dict[str, Any]:
+    """What another benchmark's last line says, run in a process of its own."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *options]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     if not lines:
@@ -243,7 +244,8 @@ def main() -> int:
         "rates": (measure_rates, 20),
         "kernels": (lambda: measure_kernels(deadline.left, reserve_s=20), 45),
         "logits": (lambda: measure_logits(torch.device("cuda")), 60),
-        "memory": (measure_memory, 60),
+        "memory": (lambda: run_benchmark("memory_plan", "--device", "cuda"), 60),
+        "startup": (lambda: run_benchmark("startup", "--runs", "2"), 60),
         # First of those on the model: nothing of it has been captured yet.
         "captures": (lambda: gpu_step.measure_captures(model.get()), 75),
         "decode": (lambda: measure_decode(model.get(), deadline.left), 30),
