@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from graphserve.artifacts import Artifact, ArtifactStore, open_store
 from graphserve.artifacts.bundle import SUFFIX, export_bundle, import_bundle
@@ -43,6 +44,7 @@ from graphserve.runtime.find_plan import (
     weight_factors,
 )
 from graphserve.runtime.load import find_model, pick_device
+from graphserve.runtime.triton_backend import target_of
 
 # Loads the model of a config and times its steps.
 Measure = Callable[[EngineConfig], MeasuredChoices]
@@ -66,13 +68,14 @@ def run_warmup(
         measure: times how decode steps run fastest on the device at hand; what it finds is stored too.
 
     Raises:
-        ConfigError: a target is unknown, or ``measure`` with ``deterministic``, which leaves nothing to choose.
+        ConfigError: a target is unknown; or ``measure`` where ``targets`` lack the device at hand, or with
+            ``deterministic``, which leaves nothing to choose.
         GraphserveError: the model cannot be served at all.
     """
     for target in targets:
         check_target(target)
-    if measure is not None and config.deterministic:
-        raise ConfigError("measure with deterministic=True: a fixed order of every sum leaves nothing to choose")
+    if measure is not None:
+        _check_measure(config, targets)
     num_jobs = default_jobs() if num_jobs is None else max(1, num_jobs)
     folder = find_model(config)
     with _store_of(output, check) as store:
@@ -106,6 +109,18 @@ def check_target(target: str) -> None:
     known = ["cpu", *(f"cpu:{level}" for level in ISA_LEVELS), *GPU_TARGETS]
     if target not in known:
         raise ConfigError(f"target {target!r} is unknown: use one of {', '.join(known)}")
+
+
+def _check_measure(config: EngineConfig, targets: Sequence[str]) -> None:
+    if config.deterministic:
+        raise ConfigError("measure with deterministic=True: a fixed order of every sum leaves nothing to choose")
+    device = pick_device(config)
+    here = "cpu" if device.type == "cpu" else target_of(torch.cuda.get_device_capability(device))
+    if not any(target == here or target.startswith(f"{here}:") for target in targets):
+        raise ConfigError(
+            f"measure times the device at hand, {here}, which is not among the targets {', '.join(targets)}: add it to "
+            "them, choose another with device, or measure on a machine that has the target"
+        )
 
 
 @contextlib.contextmanager

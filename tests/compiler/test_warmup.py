@@ -201,6 +201,15 @@ def test_steps_are_measured_with_random_weights_where_there_are_none(tmp_path: P
     assert report.is_complete and states(report)["choices"] == {"built": 1}
 
 
+def test_measuring_for_a_device_that_is_not_here_is_refused(tmp_path: Path) -> None:
+    config = EngineConfig(device="cpu")
+    with pytest.raises(
+        ConfigError, match="at hand, cpu, which is not among the targets cuda:90, hip:gfx942"
+    ):
+        run_warmup(config, tmp_path, ("cuda:90", "hip:gfx942"), measure=measure_choices.measure_choices)
+    assert not list(tmp_path.iterdir())
+
+
 def test_measuring_is_refused_where_a_fixed_order_leaves_nothing_to_choose(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="deterministic=True"):
         run_warmup(EngineConfig(deterministic=True), tmp_path, measure=measure_choices.measure_choices)
