@@ -203,9 +203,7 @@ def test_steps_are_measured_with_random_weights_where_there_are_none(tmp_path: P
 
 def test_measuring_for_a_device_that_is_not_here_is_refused(tmp_path: Path) -> None:
     config = EngineConfig(device="cpu")
-    with pytest.raises(
-        ConfigError, match="at hand, cpu, which is not among the targets cuda:90, hip:gfx942"
-    ):
+    with pytest.raises(ConfigError, match="at hand, cpu, which is not among the targets cuda:90, hip:gfx942"):
         run_warmup(config, tmp_path, ("cuda:90", "hip:gfx942"), measure=measure_choices.measure_choices)
     assert not list(tmp_path.iterdir())
 

@@ -1,7 +1,8 @@
 """Many Triton kernels at a time: each worker is a process, because Triton's front end is Python.
 
 Workers are fresh interpreters that get kernels line by line. Nothing is forked, since this process runs the threads of
-torch, and the caller's own script is not imported again. A worker ends when its input does, so also with its parent.
+torch, and the caller's own script is not imported again. A worker ends when its input does, so also with its parent. A
+terminal's Ctrl-C is for the parent alone, which then waits for the kernels that are being compiled.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def compile_in_processes(
         niceness: added to that of the workers, so that other work goes first.
 
     Raises:
-        CompileError: Triton refuses a kernel (a bug of ours), or a worker was killed.
+        CompileError: Triton refuses a kernel (a bug of ours), or a worker was killed or could not be started.
         ConfigError: Triton is not installed.
         CacheMissError: the store is strict.
     """
@@ -67,25 +68,36 @@ def compile_in_processes(
     waiting: queue.SimpleQueue[TritonKernel] = queue.SimpleQueue()
     for kernel in kernels:
         waiting.put(kernel)
-    has_failed = threading.Event()
+    is_over = threading.Event()  # a kernel has failed, or the caller was interrupted
+    failures: list[BaseException] = []
 
-    def work(_: int) -> None:
+    def work() -> None:
         try:
             with _Worker(target, store.root, niceness) as worker:
-                while not (has_failed.is_set() or is_stopped()):
+                while not (is_over.is_set() or is_stopped()):
                     try:
                         kernel = waiting.get_nowait()
                     except queue.Empty:
                         return
                     worker.compile(kernel)
                     advance()
-        except CompileError:
-            has_failed.set()
-            raise
+        except BaseException as error:
+            failures.append(error)
+            is_over.set()
 
-    num_workers = min(num_jobs, len(kernels))
-    with ThreadPoolExecutor(num_workers, "kernel compiler") as pool:
-        list(pool.map(work, range(num_workers)))
+    # Daemons, unlike those of a pool: a script that ends does not wait for what is compiled in its background.
+    threads = [threading.Thread(target=work, name="kernel compiler", daemon=True) for _ in kernels[:num_jobs]]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
 
 
 class _Worker:
@@ -97,14 +109,20 @@ class _Worker:
         command += [target, str(root), str(niceness)]
         # It finds packages as this process does, and its errors go where ours go.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0
+            )
+        except OSError as error:
+            raise CompileError(f"no compiler for {target} could be started: {error} (fewer jobs need less)") from error
 
     def __enter__(self) -> _Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # a line that a dead worker never read
+            self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
 

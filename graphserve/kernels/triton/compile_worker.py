@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -20,7 +21,7 @@ from graphserve.kernels.triton.kernel import TritonKernel
 
 def main(target: str, root: str, niceness: str) -> None:
     os.nice(int(niceness))
-    answers = os.fdopen(os.dup(1), "wb")
+    answers = os.dup(1)
     os.dup2(2, 1)  # what a compiler prints is no answer
     store = ArtifactStore(Path(root))
     for line in sys.stdin.buffer:
@@ -31,8 +32,8 @@ def main(target: str, root: str, niceness: str) -> None:
             reply = Reply(str(error))
         else:
             reply = Reply()
-        answers.write(msgspec.json.encode(reply) + b"\n")
-        answers.flush()
+        with suppress(BrokenPipeError):  # the parent has ended, and with it the input
+            os.write(answers, msgspec.json.encode(reply) + b"\n")
 
 
 if __name__ == "__main__":
