@@ -69,9 +69,10 @@ def compile_in_processes(
     for kernel in kernels:
         waiting.put(kernel)
     is_over = threading.Event()  # a kernel has failed, or the caller was interrupted
-    failures: list[BaseException] = []
+    outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()  # one a thread
 
     def work() -> None:
+        failure: BaseException | None = None
         try:
             with _Worker(target, store.root, niceness) as worker:
                 while not (is_over.is_set() or is_stopped()):
@@ -82,16 +83,18 @@ def compile_in_processes(
                     worker.compile(kernel)
                     advance()
         except BaseException as error:
-            failures.append(error)
+            failure = error
             is_over.set()
+        finally:
+            outcomes.put(failure)
 
     # Daemons, unlike those of a pool: a script that ends does not wait for what is compiled in its background.
     threads = [threading.Thread(target=work, name="kernel compiler", daemon=True) for _ in kernels[:num_jobs]]
     for thread in threads:
         thread.start()
     try:
-        for thread in threads:
-            thread.join()
+        # Not by join(): an interrupt in the middle of it makes Python 3.11 take a running thread for an ended one.
+        failures = [failure for _ in threads if (failure := outcomes.get()) is not None]
     finally:
         is_over.set()
         for thread in threads:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,19 +58,57 @@ def test_a_kernel_that_does_not_compile_is_named(num_jobs: int, tmp_path: Path) 
         compile_in_processes(kernels, TARGET, ArtifactStore(tmp_path), num_jobs)
 
 
-def test_a_worker_that_is_killed_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def kill_at_once(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+
+
+def kill_and_bury(process: subprocess.Popen[bytes]) -> None:
+    """Nobody is left to read the first line."""
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("kill", [kill_at_once, kill_and_bury])
+def test_a_worker_that_is_killed_is_an_error_that_says_so(
+    kill: Callable[[subprocess.Popen[bytes]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started = []
 
     class Killed(subprocess.Popen):
         def __init__(self, *args, **kwargs) -> None:
             super().__init__(*args, **kwargs)
             started.append(self)
-            os.kill(self.pid, signal.SIGKILL)
+            kill(self)
 
     monkeypatch.setattr(compile_jobs.subprocess, "Popen", Killed)
     with pytest.raises(CompileError, match=f"the compiler of {times(1).symbol} for cuda:90 ended with status -9"):
         compile_in_processes([times(1)], TARGET, ArtifactStore(tmp_path), 1)
     assert [process.poll() for process in started] == [-9]
+
+
+def test_a_worker_that_cannot_be_started_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
+    with pytest.raises(CompileError, match="no compiler for cuda:90 could be started: .*nowhere"):
+        compile_in_processes([times(1)], TARGET, ArtifactStore(tmp_path), 1)
+
+
+def test_an_interrupt_ends_the_work_after_the_kernels_that_are_being_compiled(tmp_path: Path) -> None:
+    store, kernels = ArtifactStore(tmp_path), [times(n) for n in range(40)]
+
+    done: list[int] = []
+
+    def interrupt_once() -> None:
+        done.append(1)
+        main = threading.main_thread().ident
+        if len(done) == 1 and main is not None:
+            signal.pthread_kill(main, signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_in_processes(kernels, TARGET, store, 1, interrupt_once)
+    assert 0 < len(list(store.artifacts("triton"))) == len(done) < 40
+    assert not [thread for thread in threading.enumerate() if thread.name == "kernel compiler"]
 
 
 def test_after_a_stop_no_further_kernel_is_compiled_and_what_was_is_kept(tmp_path: Path) -> None:
@@ -130,3 +169,24 @@ def test_a_script_without_a_main_guard_may_compile(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "once\n" and len(list(tmp_path.glob("store/triton/*"))) == 2
+
+
+def test_a_script_that_ends_does_not_wait_for_what_is_compiled_in_its_background(tmp_path: Path) -> None:
+    endless = tmp_path / "endless"  # a compiler that takes every kernel and never answers, until its input ends
+    endless.write_text("#!/bin/sh\nexec cat > /dev/null\n")
+    endless.chmod(0o755)
+    script = textwrap.dedent(f"""
+        import sys
+        from functools import partial
+        from pathlib import Path
+        from graphserve.artifacts import ArtifactStore
+        from graphserve.kernels.triton.compile_jobs import compile_in_processes
+        from graphserve.runtime.background_build import BackgroundBuild
+        from tests.kernels.triton.test_compile_jobs import times
+        sys.executable = {str(endless)!r}
+        store = ArtifactStore(Path({str(tmp_path / "store")!r}))
+        BackgroundBuild(partial(compile_in_processes, [times(1), times(2)], {TARGET!r}, store, 2))
+        """)
+    repository = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
