@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -85,7 +85,8 @@ class TritonLowering:
         lowered, together = lower_variants(plans, kv_cache, self._target, self._deterministic, overlap)
         self._kernels = together.distinct_kernels()
         # What a store that cannot be written would take from the background is lost.
-        compiled = self._begin_tiered() if self._is_tiered and self._store.is_writable else self._compile()
+        may_build = self._store.is_writable and not self._store.is_strict
+        compiled = self._begin_tiered() if self._is_tiered and may_build else self._compile()
         driver = CudaDriver()
         driver.use_device(self._device.index or 0)
         backend = TritonBackend(together, compiled, driver, self._device, self._stream.cuda_stream)
@@ -104,27 +105,37 @@ class TritonLowering:
 
     def _begin_tiered(self) -> dict[str, CompiledKernel]:
         """The kernels that are stored; the others are compiled from now on."""
-        found = {key: find_compiled(self._store, kernel, self._target) for key, kernel in self._kernels.items()}
-        missing = [self._kernels[key] for key, artifact in found.items() if artifact is None]
+        compiled = self._stored(self._kernels)
+        missing = [kernel for key, kernel in self._kernels.items() if key not in compiled]
         if missing:
-            self._store.begin_build(f"kernel {missing[0].symbol} for {self._target}")  # raises if nothing may be built
             self.is_complete = False
             build = partial(compile_in_processes, missing, self._target, self._store, default_jobs())
             self._background = BackgroundBuild(build)
-            logger.info("%d of %d kernels are compiled in the background", len(missing), len(found))
+            logger.info("%d of %d kernels are compiled in the background", len(missing), len(self._kernels))
+        return compiled
+
+    def _stored(self, kernels: Mapping[str, TritonKernel]) -> dict[str, CompiledKernel]:
+        found = {key: find_compiled(self._store, kernel, self._target) for key, kernel in kernels.items()}
         return {key: decode_compiled(artifact) for key, artifact in found.items() if artifact is not None}
 
     def complete(self) -> bool:
         if self._background is None or not self._background.is_done:
             return False
         error, self._background = self._background.error, None
-        if error is not None:
-            logger.warning("plain torch goes on running where a kernel is missing: %s", error)
-            return False
         assert self._backend is not None
-        self._backend.load(self._compile())
-        self.is_complete = True
-        return True
+        missing = {key: kernel for key, kernel in self._kernels.items() if not self._backend.has_kernel(key)}
+        compiled = self._stored(missing)
+        self._backend.load(compiled)
+        self.is_complete = len(compiled) == len(missing)
+        if not self.is_complete:
+            logger.warning(
+                "plain torch goes on running where a kernel is missing (%d of %d), and no step is recorded, which is "
+                "slower: %s",
+                len(missing) - len(compiled),
+                len(self._kernels),
+                error or f"{self._store.root} did not keep them",
+            )
+        return bool(compiled)
 
     def use_choices(self, choices: MeasuredChoices) -> None:
         self._choices = choices

@@ -87,6 +87,10 @@ class TritonBackend:
             if key in compiled and key not in self._launchers:
                 self._launchers[key] = CudaLauncher(self._driver, kernel, compiled[key])
 
+    def has_kernel(self, key: str) -> bool:
+        """Whether a kernel is loaded."""
+        return key in self._launchers
+
     @property
     def num_kernels(self) -> int:
         return len(self._launchers)

@@ -16,6 +16,7 @@ from graphserve.artifacts import ArtifactStore
 from graphserve.engine.device_executor import DeviceExecutor
 from graphserve.engine.executor import StepSizes
 from graphserve.errors import CacheMissError, CompileError
+from graphserve.kernels.triton import compile_jobs
 from graphserve.plan.runner import Action, Binder, StepSize
 from graphserve.plan.schema import Plan
 from graphserve.runtime import step_lowering
@@ -185,6 +186,34 @@ def test_a_build_that_fails_leaves_plain_torch_running_unrecorded(
     for _ in range(2):
         assert not tiered.lowering.complete() and not tiered.lowering.is_complete
     assert caplog.text.count("the compiler is broken") == 1
+    tiered.lowering.close()
+
+
+def test_what_was_built_before_a_failure_is_used_and_no_step_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail_late(kernels: list[Any], *args: Any, **options: Any) -> None:
+        compile_jobs.compile_in_processes(kernels[:1], *args, **options)
+        raise CompileError("the compiler was killed")
+
+    monkeypatch.setattr(step_lowering, "compile_in_processes", fail_late)
+    tiered = TableLowering(tmp_path, monkeypatch)
+    tiered.may_build.set()
+    tiered.wait()
+    assert tiered.lowering.complete() and not tiered.lowering.is_complete and tiered.num_bound() == 1
+    assert "(2 of 3)" in caplog.text and "the compiler was killed" in caplog.text
+    tiered.lowering.close()
+
+
+def test_kernels_that_the_store_did_not_keep_are_not_compiled_in_the_middle_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(step_lowering, "compile_in_processes", lambda *_, **__: None)
+    tiered = TableLowering(tmp_path, monkeypatch)
+    tiered.may_build.set()
+    tiered.wait()
+    assert not tiered.lowering.complete() and not tiered.lowering.is_complete and tiered.num_bound() == 0
+    assert f"{tmp_path} did not keep them" in caplog.text
     tiered.lowering.close()
 
 
