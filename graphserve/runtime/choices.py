@@ -47,7 +47,8 @@ class MeasuredChoices(msgspec.Struct, frozen=True):
     """Choices by number of sequences of a decode step.
 
     Attributes:
-        decode: for each measured number its choice; a number between two of them takes that of the smaller.
+        decode: for each measured number its choice; a number that was not measured takes that of the largest one below
+            it, unless it is twice that or more.
     """
 
     decode: dict[int, StepChoice] = {}
@@ -56,7 +57,7 @@ class MeasuredChoices(msgspec.Struct, frozen=True):
         """The choice for a step; the default for one that is no decode step."""
         if size.num_tokens != size.num_seqs:
             return DEFAULT
-        measured = max((n for n in self.decode if n <= size.num_seqs), default=None)
+        measured = max((n for n in self.decode if n <= size.num_seqs < 2 * n), default=None)
         return DEFAULT if measured is None else self.decode[measured]
 
 

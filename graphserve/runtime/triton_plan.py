@@ -72,12 +72,15 @@ class TritonPlan(msgspec.Struct):
         """Whether a launch is a product that the library computes in a step with so many rows of it."""
         if op_name(launch) not in LIBRARY_OPS or self.deterministic:
             return False
-        if launch.kind == "library" or choice.vector_products is None:
-            return launch.kind == "library" or num_rows > MAX_GEMV_ROWS
-        return self.product_of(launch) not in choice.vector_products
+        if launch.kind == "library":
+            return True
+        product = self.product_of(launch)
+        if choice.vector_products is None or product is None:
+            return num_rows > MAX_GEMV_ROWS
+        return product not in choice.vector_products
 
     def product_of(self, launch: Launch) -> str | None:
-        """What a table of choices calls a launch; None unless vector kernel and library can both compute it."""
+        """What a table of choices calls a launch; None unless it is a weight's product that both can compute."""
         if op_name(launch) not in LIBRARY_OPS or launch.kind != "triton" or self.deterministic:
             return None
         weight = self.plan.weights.get(value_name(launch.args[1]))

@@ -45,8 +45,14 @@ def step(num_seqs: int) -> StepInput:
 def test_a_step_takes_the_choice_of_the_largest_measured_number_up_to_its_own() -> None:
     few, many = StepChoice(num_threads=1), StepChoice(num_threads=4)
     choices = MeasuredChoices({2: few, 16: many})
-    assert [choices.of(decode(n)) for n in (1, 2, 15, 16, 99)] == [DEFAULT, few, few, many, many]
-    assert choices.of(StepSize((40, 16, 16))) == DEFAULT, "a step with a prefill"
+    assert [choices.of(decode(n)) for n in (1, 2, 3, 16, 31)] == [DEFAULT, few, few, many, many]
+    assert choices.of(StepSize((20, 16, 16))) == DEFAULT, "a step with a prefill"
+
+
+def test_a_step_far_larger_than_what_was_measured_runs_by_default() -> None:
+    """A table of a warm-up for four sequences says nothing of 256."""
+    choices = MeasuredChoices({4: StepChoice(vector_products=("8x64",)), 16: StepChoice(segments=4)})
+    assert [choices.of(decode(n)) for n in (8, 15, 32, 256)] == [DEFAULT] * 4
 
 
 def test_a_table_comes_back_from_the_store_for_the_same_device_only(
@@ -82,7 +88,7 @@ def test_generated_kernels_run_on_the_chosen_threads_and_never_on_more_than_ther
     for num_seqs in (1, 2):
         logits[num_seqs] = runner.forward(step(num_seqs)).clone()
     assert set(seen) == {1, 2} and seen[-1] == 1
-    runner.use_choices(MeasuredChoices({1: StepChoice(num_threads=64)}))
+    runner.use_choices(MeasuredChoices({2: StepChoice(num_threads=64)}))
     seen.clear()
     torch.testing.assert_close(runner.forward(step(2)), logits[2])
     assert set(seen) == {2}
