@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 NUM_SEQS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the steps that are timed
 CONTEXT = 1024  # tokens of each sequence, or half of what the model holds
-MAX_VECTOR_SEQS = 4  # a vector kernel reads the weight once a row: above, the library's product always wins
+MAX_VECTOR_SEQS = 4  # a vector kernel reads the weight once a row, the library's product once
+# Of attention: more are several times what fills a device, and each takes scratch memory that no plan counts.
+MAX_PROGRAMS = 8192
 
 # A choice is kept if it wins every one of some rounds by this share: a noisy machine leaves the default.
 NUM_ROUNDS, LEAST_GAIN = 3, 0.01
@@ -80,8 +82,10 @@ def moves(plan: Plan, device: torch.device, num_seqs: int) -> Iterator[Move]:
         return
     from graphserve.runtime.triton_plan import DECODE_SEGMENTS, MAX_GEMV_ROWS
 
+    num_programs = num_seqs * max((spec.kv_heads for spec in plan.cache_layers), default=0)
     for _, segments in DECODE_SEGMENTS:
-        yield partial(msgspec.structs.replace, segments=segments)
+        if num_programs * segments <= MAX_PROGRAMS:
+            yield partial(msgspec.structs.replace, segments=segments)
     if num_seqs > MAX_VECTOR_SEQS:
         return
     linears = [launch for launch in plan.launches if op_name(launch) == "linear"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from graphserve.engine import measure_choices
-from graphserve.engine.measure_choices import MAX_VECTOR_SEQS, best_choice, decode_step, moves
+from graphserve.engine.measure_choices import MAX_PROGRAMS, MAX_VECTOR_SEQS, best_choice, decode_step, moves
 from graphserve.runtime.choices import DEFAULT, MeasuredChoices, StepChoice, product_name
 from graphserve.runtime.step_input import StepInput, StepOutput
 from graphserve.runtime.triton_plan import DECODE_SEGMENTS
@@ -98,6 +98,18 @@ def test_one_row_may_go_from_the_vector_kernel_to_the_library_and_many_rows_neve
     )
     assert len(one) == len(few) > 2 and not many
     assert {len(products) for products in one} == {len(one) - 1} and {len(products) for products in few} == {1}
+
+
+def test_queries_of_many_sequences_are_not_cut_into_many_programs() -> None:
+    plan = compiled_tiny("llama").plan
+    heads = plan.cache_layers[0].kv_heads
+
+    def reached(num_seqs: int) -> list[int | None]:
+        return [choice.segments for move in moves(plan, GPU, num_seqs) if (choice := move(DEFAULT)).segments]
+
+    every = [segments for _, segments in DECODE_SEGMENTS]
+    assert reached(MAX_PROGRAMS // heads // 64) == every == [1, 4, 64]
+    assert reached(MAX_PROGRAMS // heads // 64 + 1) == [1, 4] and reached(MAX_PROGRAMS // heads) == [1]
 
 
 def test_threads_below_all_of_torchs_are_tried_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
