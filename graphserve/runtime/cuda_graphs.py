@@ -88,6 +88,7 @@ class CudaGraphs:
         self._graphs.clear()
         # torch refuses a pool whose last graph is gone.
         self._pool = self._cuda.graph_pool_handle()
+        self._too_large = None
         self.num_bytes = 0
 
     @contextmanager

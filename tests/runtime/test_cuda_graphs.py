@@ -133,6 +133,8 @@ def test_without_memory_the_size_and_larger_ones_stay_eager_and_the_log_says_so_
     ]
     cuda.free = 8 << 20
     assert graphs.record(key(2), recording()) and len(graphs) == 2
+    graphs.close()
+    assert graphs.record(key(8), recording()), "those that had the memory are gone"
 
 
 def test_torchs_own_lack_of_memory_ends_the_capture() -> None:
