@@ -10,6 +10,9 @@ from torch import Tensor
 from graphserve.kernels.quantize import fake_quantized_rows, quantize_rows
 from graphserve.kernels.registry import register
 
+# Scores in memory at a time (256 MiB, a few times over), so that a long prompt can run where no kernel was built.
+_MAX_SCORES = 1 << 26
+
 
 def visible_keys(query_positions: Tensor, key_positions: Tensor, window: int, chunk: int, causal: bool) -> Tensor:
     """The attention rule as a boolean ``[Q, K]``: which keys a query may see (True = visible).
@@ -196,7 +199,10 @@ def _attend_paged(
         k = kv_k[blocks].transpose(1, 2).reshape(-1, kv_k.shape[1], kv_k.shape[3])[:seq_len].float() * k_factor
         v = kv_v[blocks].transpose(1, 2).reshape(-1, kv_v.shape[1], v_dim)[:seq_len].float() * v_factor
         positions = torch.arange(seq_len - (last - first), seq_len, device=q.device)
-        out[first:last] = attend(q[first:last], k, v, positions, *rule).reshape(last - first, heads * v_dim)
+        num_rows = max(1, _MAX_SCORES // (heads * seq_len))
+        parts = (tensor.split(num_rows) for tensor in (q[first:last], positions, out[first:last]))
+        for queries, where, result in zip(*parts, strict=True):
+            result.copy_(attend(queries, k, v, where, *rule).flatten(1))
     return out
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import graphserve.kernels
+from graphserve.kernels import attention
 
 graphserve.kernels.register_all()
 gs = torch.ops.gs
@@ -37,6 +38,21 @@ def test_packed_attention_is_torchs_attention_of_each_sequence(causal: bool) -> 
         expected = F.scaled_dot_product_attention(*heads, is_causal=causal, scale=0.3, enable_gqa=True)
         torch.testing.assert_close(out[first:last], expected[0].transpose(0, 1).flatten(1), rtol=1e-5, atol=1e-5)
     assert not out[9:].any()
+
+
+@pytest.mark.parametrize("max_scores", [1, 2 * 4 * 7])
+def test_queries_of_which_not_all_scores_fit_are_taken_in_parts(
+    max_scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = paged_arguments(torch.float32)
+    rule = {"window": 3, "chunk": 0, "softcap": 0.0, "causal": True}
+    whole = gs.paged_attention(*args, 0.3, **rule)
+    parts: list[int] = []
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda q, *rest: (parts.append(len(q)), attend(q, *rest))[1])
+    monkeypatch.setattr(attention, "_MAX_SCORES", max_scores)
+    torch.testing.assert_close(gs.paged_attention(*args, 0.3, **rule), whole, rtol=1e-6, atol=1e-6)
+    assert parts == {1: [1] * 6, 56: [2, 2, 1, 1]}[max_scores]
 
 
 def test_the_quantizing_op_without_scales_is_the_plain_one() -> None:
