@@ -135,6 +135,8 @@ class TritonLowering:
                 len(self._kernels),
                 error or f"{self._store.root} did not keep them",
             )
+        elif torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what plain torch took for its results is needed for graphs now
         return bool(compiled)
 
     def use_choices(self, choices: MeasuredChoices) -> None:
