@@ -41,7 +41,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "--measure",
         action="store_true",
         help="also load the model here, time its decode steps, and store how they run fastest on this device "
-        "(random weights where only config.json is at hand)",
+        "(random weights where only config.json is at hand); a table that is stored is kept",
     )
     parser.add_argument("--report", action="store_true", help="print one JSON document with a row for each artifact")
     add_engine_options(parser, without=_WITHOUT)

@@ -223,7 +223,7 @@ def _triton(
 def _choices(
     config: EngineConfig, folder: Path, store: ArtifactStore, check: bool, measure: Measure, report: WarmupReport
 ) -> None:
-    factors = choice_factors(folder_factors(config, folder), pick_device(config))
+    factors = choice_factors(folder_factors(config, folder), config, pick_device(config))
     before = artifact = store.find(CHOICES, factors)
     if artifact is None and not check:
         begin = time.monotonic()

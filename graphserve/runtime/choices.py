@@ -17,6 +17,7 @@ import msgspec
 import torch
 
 from graphserve.artifacts import Artifact, ArtifactStore
+from graphserve.config import EngineConfig
 from graphserve.plan.runner import StepSize
 from graphserve.plan.schema import Dim
 from graphserve.processors import usable_threads
@@ -66,9 +67,15 @@ def product_name(weight_shape: tuple[Dim, ...]) -> str:
     return "x".join(map(str, weight_shape))
 
 
-def choice_factors(plan_factors: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Everything that a table depends on: the plan, the kernels that were timed, and the device."""
-    return {**plan_factors, "kernel sources": _source_hash(), "device": _device_name(device)}
+def choice_factors(plan_factors: Mapping[str, Any], config: EngineConfig, device: torch.device) -> dict[str, Any]:
+    """Everything that a table depends on: the plan, how its steps are run, the kernels that were timed, the device."""
+    return {
+        **plan_factors,
+        "block_size": config.block_size,
+        "enforce_eager": config.enforce_eager,
+        "kernel sources": _source_hash(),
+        "device": _device_name(device),
+    }
 
 
 def load_choices(store: ArtifactStore, factors: Mapping[str, Any]) -> MeasuredChoices | None:

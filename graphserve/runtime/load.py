@@ -146,7 +146,7 @@ def _find_choices(
     if config.deterministic or next(store.artifacts(CHOICES), None) is None:
         return None
     with phase("find measured choices") as work:
-        choices = load_choices(store, choice_factors(folder_factors(config, folder), device))
+        choices = load_choices(store, choice_factors(folder_factors(config, folder), config, device))
         work.note = "none for this model and device" if choices is None else f"{len(choices.decode)} step sizes"
     return choices
 

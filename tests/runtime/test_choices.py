@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from graphserve.artifacts import ArtifactStore
+from graphserve.config import EngineConfig
 from graphserve.kernels.cpu import CompiledSequence, compiler
 from graphserve.plan.runner import StepSize
 from graphserve.runtime import choices as choices_module
@@ -60,11 +61,12 @@ def test_a_table_comes_back_from_the_store_for_the_same_device_only(
 ) -> None:
     choices = MeasuredChoices({1: StepChoice(num_threads=3), 8: StepChoice(segments=4, vector_products=("8x64",))})
     store, plan = ArtifactStore(tmp_path), {"config": "abc"}
-    save_choices(store, choice_factors(plan, CPU), choices, {"seconds": 1.0})
-    assert load_choices(store, choice_factors(plan, CPU)) == choices
-    assert load_choices(store, choice_factors({"config": "other"}, CPU)) is None
+    save_choices(store, choice_factors(plan, EngineConfig(), CPU), choices, {"seconds": 1.0})
+    assert load_choices(store, choice_factors(plan, EngineConfig(), CPU)) == choices
+    assert load_choices(store, choice_factors({"config": "other"}, EngineConfig(), CPU)) is None
+    assert load_choices(store, choice_factors(plan, EngineConfig(enforce_eager=True), CPU)) is None
     monkeypatch.setattr(choices_module, "usable_threads", lambda: 77)
-    assert load_choices(store, choice_factors(plan, CPU)) is None
+    assert load_choices(store, choice_factors(plan, EngineConfig(), CPU)) is None
     assert list(store.verify())[0][1] is None
 
 
