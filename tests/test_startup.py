@@ -103,3 +103,8 @@ def test_generate_writes_the_report_of_its_start(tmp_path: Path) -> None:
     assert names[0] == "start Python" and {"import torch", "load weights", "first step"} <= set(names)
     assert 0 <= report["unexplained_seconds"] < report["seconds_to_first_token"]
     assert "to the first token" in result.stderr
+
+
+def test_the_engine_is_imported_without_torch_so_that_a_start_can_tell_them_apart() -> None:
+    code = "import sys, graphserve.engine.llm_engine; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from graphserve.plan.schema import CacheGroup
 from graphserve.runtime.buckets import Buckets
-from graphserve.runtime.choices import MeasuredChoices
 from graphserve.runtime.step_input import StepInput, StepOutput
+
+if TYPE_CHECKING:
+    from graphserve.runtime.choices import MeasuredChoices
 
 
 class StepSizes(msgspec.Struct, frozen=True):
