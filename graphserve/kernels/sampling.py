@@ -11,11 +11,43 @@ agree to the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
 
 from graphserve.kernels.registry import register
 from graphserve.kernels.sampling_rules import GROUP, INVALID_TOKEN, UNIT_MASS, hash_bits
+
+# Logits that a reference sorts or draws from at a time. Its temporaries are some 40 bytes each, so that they fit beside
+# a KV pool where no kernel was built.
+_MAX_LOGITS = 1 << 23
+
+Reference = TypeVar("Reference", bound=Callable[..., Any])
+
+
+def _by_parts(reference: Reference) -> Reference:
+    """The reference of an op whose tensors all have a row each for every row of the first one, some rows at a time."""
+
+    @wraps(reference)
+    def by_parts(rows: Tensor, *others: Any) -> Any:
+        size = max(1, _MAX_LOGITS // rows.shape[1])
+        if rows.shape[0] <= size:
+            return reference(rows, *others)
+        parts = [
+            reference(
+                rows[start : start + size],
+                *(other[start : start + size] if isinstance(other, Tensor) else other for other in others),
+            )
+            for start in range(0, rows.shape[0], size)
+        ]
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)
+        return tuple(torch.cat(results) for results in zip(*parts, strict=True))
+
+    return cast(Reference, by_parts)
 
 
 def gumbel_noise(ids: Tensor, keys: Tensor) -> Tensor:
@@ -194,6 +226,7 @@ def process_logits(
     return scores, padded.view(num_rows, -1, GROUP).amax(-1)
 
 
+@_by_parts
 def sampling_cut(
     scores: Tensor, group_max: Tensor, top_k: Tensor, top_p: Tensor, log_min_p: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -225,6 +258,7 @@ def sampling_cut(
     return row_max, torch.where(top_p < 1.0, torch.minimum(cut, last), cut)
 
 
+@_by_parts
 def sample_tokens(
     scores: Tensor, group_max: Tensor, row_max: Tensor, cut: Tensor, temperature: Tensor, keys: Tensor
 ) -> Tensor:
@@ -258,6 +292,7 @@ def greedy_tokens(logits: Tensor) -> Tensor:
     return torch.where(values > -torch.inf, ids, INVALID_TOKEN)  # a comparison with NaN is False
 
 
+@_by_parts
 def top_logprobs(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of one given token a row and of the most likely ones.
 

@@ -233,6 +233,26 @@ def test_top_logprobs_are_those_of_the_sampler():
         assert entry.logprobs == pytest.approx(logprobs[row].tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize("rows_at_a_time", [1, 3])
+def test_references_that_take_some_rows_at_a_time_give_the_same(rows_at_a_time, monkeypatch):
+    rows, vocab = 7, 200
+    generator = torch.Generator().manual_seed(0)
+    scores = random_scores(generator, rows, vocab)
+    groups = torch.nn.functional.pad(scores, (0, -vocab % GROUP), value=-torch.inf).view(rows, -1, GROUP).amax(-1)
+    top_k, *limits = random_limits(generator, rows, vocab)
+    keys, temperature = keys_of(rows), torch.ones(rows)
+
+    def run():
+        row_max, cut = sampling_cut(scores, groups, top_k.int(), *limits)
+        tokens = sampling.sample_tokens(scores, groups, row_max, cut, temperature, keys)
+        return [row_max, cut, tokens, *sampling.top_logprobs(scores, tokens, 4)]
+
+    whole = run()
+    monkeypatch.setattr(sampling, "_MAX_LOGITS", rows_at_a_time * vocab + 1)
+    assert all(torch.equal(a, b) for a, b in zip(run(), whole, strict=True))
+    assert all(len(result) == rows for result in whole)
+
+
 def test_shapes_are_known_without_computing():
     """Each op's shape function agrees with what it returns."""
     scores = torch.randn(3, 300)
