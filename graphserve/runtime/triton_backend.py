@@ -91,10 +91,6 @@ class TritonBackend:
         """Whether a kernel is loaded."""
         return key in self._launchers
 
-    @property
-    def num_kernels(self) -> int:
-        return len(self._launchers)
-
     def bind(
         self, launch: Launch, runner: PlanRunner, tensors: Mapping[str, torch.Tensor], size: StepSize
     ) -> Action | None:
