@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+with suppress(ImportError):  # the tests of a GPU do without hypothesis
+    from hypothesis import HealthCheck, settings
+
+    # How long an input takes to draw says nothing on a machine that does other things as well.
+    settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("untimed")
 
 # Before torch is imported: the suite shares the machine, and one thread makes sums come in one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

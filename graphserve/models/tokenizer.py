@@ -234,7 +234,7 @@ def _convert(loader: Any, folder: Path, present: list[str]) -> PreTrainedTokeniz
     try:
         loaded: PreTrainedTokenizerBase = loader.from_pretrained(str(folder), trust_remote_code=False)
     except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
-        needs = "; sentencepiece models need: pip install sentencepiece protobuf"
+        needs = "; sentencepiece models need: pip install 'graphserve[sentencepiece]'"
         raise ConfigError(
             f"{folder} has no tokenizer.json, and transformers cannot convert {', '.join(present)}: {error}"
             + (needs if "tokenizer.model" in present else "")
