@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -108,3 +109,16 @@ def test_generate_writes_the_report_of_its_start(tmp_path: Path) -> None:
 def test_the_engine_is_imported_without_torch_so_that_a_start_can_tell_them_apart() -> None:
     code = "import sys, graphserve.engine.llm_engine; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere torch's own BLAS may be numpy's")
+@pytest.mark.parametrize("given", [None, "3"])
+def test_a_command_makes_no_threads_for_the_blas_of_numpy_unless_it_is_told_to(given: str | None) -> None:
+    code = (
+        "import sys; from graphserve.cli.main import run_process; sys.argv[1:] = ['--version']\n"
+        "try: run_process()\nexcept SystemExit: import os; print(os.environ['OPENBLAS_NUM_THREADS'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_NUM_THREADS"}
+    environment |= {} if given is None else {"OPENBLAS_NUM_THREADS": given}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == (given or "1")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from graphserve import __version__
+from graphserve.startup import use_one_blas_thread
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # the shell's convention for SIGINT
@@ -38,6 +39,7 @@ def run_process() -> NoReturn:
     Python's own teardown takes half a second once torch is loaded. By then every command has closed what it opened, so
     the process ends without it.
     """
+    use_one_blas_thread()
     status = main()
     logging.shutdown()
     try:

@@ -40,6 +40,7 @@ from graphserve.engine.messages import (
 )
 from graphserve.errors import RequestError
 from graphserve.plan.cache_dir import remove_own_folder
+from graphserve.startup import use_one_blas_thread
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ def run_engine_process(fd: int, make_engine: Callable[[dict[str, Any]], SteppedE
 
 def main() -> None:
     """Entry of ``python -m graphserve.engine.process FD``."""
+    use_one_blas_thread()
     from graphserve.engine.served_engine import load_engine
 
     status = run_engine_process(int(sys.argv[1]), load_engine)
