@@ -1,8 +1,9 @@
-"""How many processors this process may use."""
+"""How many processors and threads this process may use."""
 
 from __future__ import annotations
 
 import os
+import platform
 from functools import cache
 from pathlib import Path
 
@@ -41,6 +42,15 @@ def granted_processors(cgroup: Path = _CGROUP) -> int | None:
         return None
     quota, period = map(int, words)
     return -(-quota // period)
+
+
+def use_one_blas_thread() -> None:
+    """Called in a process of ours before numpy is imported: its BLAS, which nothing here uses, makes no threads.
+
+    They would wait by spinning, beside imports. torch has another BLAS on x86-64; elsewhere it may be the same.
+    """
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _read(path: Path) -> str:

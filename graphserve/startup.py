@@ -6,7 +6,6 @@ import atexit
 import gc
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,15 +23,6 @@ def process_age_s() -> float:
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - born_s)
     except (OSError, ValueError, IndexError, AttributeError):
         return 0.0
-
-
-def use_one_blas_thread() -> None:
-    """Called in a process of ours before numpy is imported: its BLAS, which nothing here uses, makes no threads.
-
-    They would wait by spinning, beside imports. torch has another BLAS on x86-64; elsewhere it may be the same.
-    """
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @contextmanager

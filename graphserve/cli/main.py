@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from graphserve import __version__
-from graphserve.startup import use_one_blas_thread
+from graphserve.processors import use_one_blas_thread
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # the shell's convention for SIGINT

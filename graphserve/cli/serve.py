@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
@@ -66,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
         sys.stderr.flush()
 
     client = EngineClient(config.to_kwargs())
+    import asyncio  # takes long to import, and the parser of every command imports this module
+
     status = asyncio.run(serve(server_options, client, announce))
     seconds = time.monotonic() - begin
     tokens = client.total_stats.generation_tokens_total

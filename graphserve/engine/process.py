@@ -40,7 +40,7 @@ from graphserve.engine.messages import (
 )
 from graphserve.errors import RequestError
 from graphserve.plan.cache_dir import remove_own_folder
-from graphserve.startup import use_one_blas_thread
+from graphserve.processors import use_one_blas_thread
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import tokenizers
 
 from graphserve.artifacts import ArtifactStore, open_store
 from graphserve.errors import ConfigError, RequestError
-from graphserve.models.chat_template import read_chat_templates, render_chat, resolve_chat_template
+from graphserve.models.chat_template_files import read_chat_templates, resolve_chat_template
 from graphserve.models.converted_tokenizer import conversion_factors, load_converted, save_converted
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ class Tokenizer:
         Raises:
             RequestError: the model has no template and none was given, or the template refused the messages.
         """
+        from graphserve.models.chat_template import render_chat  # with it Jinja, which only chats need
+
         return render_chat(
             self._template(chat_template, has_tools=tools is not None),
             messages,

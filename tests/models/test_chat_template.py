@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from graphserve.errors import ConfigError, RequestError
-from graphserve.models.chat_template import read_chat_templates, render_chat, resolve_chat_template
+from graphserve.models.chat_template import render_chat
+from graphserve.models.chat_template_files import read_chat_templates, resolve_chat_template
 
 USER = [{"role": "user", "content": "hello"}]
 
