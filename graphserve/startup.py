@@ -12,7 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from graphserve.artifacts.locks import process_lock
+from graphserve.plan.cache_dir import cache_dir
+from graphserve.processors import available_processors
 from graphserve.progress import PhaseEvent, Sink
+
+_IMPORT_TIMEOUT_S = 20.0  # a process that takes longer is stopped or stuck: nobody waits for it
 
 
 def process_age_s() -> float:
@@ -41,6 +46,18 @@ def without_collector() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def import_turn() -> Iterator[None]:
+    """Import torch in the body, one process a processor at a time.
+
+    Of many that start together all would be interrupted all the time, and find the caches filled by the others. Taking
+    turns keeps none of them waiting longer, and takes less processor time of all.
+    """
+    turn = os.getpid() % available_processors()
+    with process_lock(cache_dir() / "locks" / f"import-{turn}", _IMPORT_TIMEOUT_S, "an import of torch"):
+        yield
 
 
 class StartupClock:

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from graphserve import startup
 from graphserve.progress import PhaseEvent
-from graphserve.startup import StartupClock, process_age_s, without_collector
+from graphserve.startup import StartupClock, import_turn, process_age_s, without_collector
 
 
 class Time:
@@ -122,3 +123,27 @@ def test_a_command_makes_no_threads_for_the_blas_of_numpy_unless_it_is_told_to(g
     environment |= {} if given is None else {"OPENBLAS_NUM_THREADS": given}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == (given or "1")
+
+
+def test_processes_of_one_processor_import_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(startup, "available_processors", lambda: 1)
+    monkeypatch.setattr(startup, "cache_dir", lambda: tmp_path)
+    entered = threading.Event()
+
+    def other() -> None:
+        with import_turn():
+            entered.set()
+
+    thread = threading.Thread(target=other)
+    with import_turn():
+        thread.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(10)
+    thread.join()
+    # Nobody waits for a stuck one for long.
+    monkeypatch.setattr(startup, "_IMPORT_TIMEOUT_S", 0.1)
+    with import_turn(), import_turn():
+        pass
+    assert "an import of torch" in caplog.text

@@ -14,7 +14,7 @@ from graphserve.engine.served_engine import changed_fields
 from graphserve.errors import GraphserveError
 from graphserve.models.tokenizer import Tokenizer
 from graphserve.sampling_params import RequestOutputKind, SamplingParams
-from graphserve.startup import without_collector
+from graphserve.startup import import_turn, without_collector
 
 
 class LocalEngine:
@@ -29,7 +29,7 @@ class LocalEngine:
         progress.set_sink(previous or progress.StreamSink())
         try:
             with without_collector():
-                with progress.phase("import torch"):
+                with progress.phase("import torch"), import_turn():
                     import graphserve.runtime.load  # noqa: F401  (the engine needs it; here it has a phase of its own)
                 self._engine = LLMEngine.from_config(self._config)
         finally:

@@ -13,7 +13,7 @@ from graphserve.engine.messages import AddRequest, EngineInfo, EngineStats, Outp
 from graphserve.models.hub import resolve_model
 from graphserve.outputs import RequestOutput
 from graphserve.sampling_params import SamplingParams
-from graphserve.startup import without_collector
+from graphserve.startup import import_turn, without_collector
 
 if TYPE_CHECKING:
     from graphserve.engine.llm_engine import LLMEngine
@@ -129,6 +129,8 @@ def load_engine(config: dict[str, Any]) -> ServedEngine:
     # First of all: a name that does not exist is reported, and a download seen, before torch has been imported.
     _find(options.model, options.revision, options)
     with without_collector():
+        with import_turn():
+            import graphserve.runtime.load  # noqa: F401
         from graphserve.engine.llm_engine import LLMEngine
 
         return ServedEngine(LLMEngine.from_config(options))
