@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.coverage_configs import NAMED, NAMED_RIGHT_OR_REFUSED
+from graphserve.processors import processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
@@ -166,10 +167,7 @@ def environment() -> dict[str, str]:
 
 
 def machine() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} threads"
-    return f"{platform.machine()}, {os.cpu_count()} threads"
+    return f"{processor_name()}, {os.cpu_count()} threads"
 
 
 def summarise(results: Results) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How many processors and threads this process may use."""
+"""The processors: what they are, and how many of them and of their threads this process may use."""
 
 from __future__ import annotations
 
@@ -42,6 +42,19 @@ def granted_processors(cgroup: Path = _CGROUP) -> int | None:
         return None
     quota, period = map(int, words)
     return -(-quota // period)
+
+
+def processor_name() -> str:
+    """What the processor calls itself, or its architecture."""
+    return processor_facts().get("model name") or platform.machine()
+
+
+@cache
+def processor_facts() -> dict[str, str]:
+    """What Linux says of the first processor, by the names in ``/proc/cpuinfo``; nothing elsewhere."""
+    first = _read(Path("/proc/cpuinfo")).partition("\n\n")[0]
+    fields = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
 
 
 def use_one_blas_thread() -> None:

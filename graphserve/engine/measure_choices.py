@@ -20,14 +20,13 @@ from graphserve.engine.make_executor import make_executor
 from graphserve.plan.schema import Plan
 from graphserve.processors import usable_threads
 from graphserve.progress import phase
-from graphserve.runtime.choices import DEFAULT, MeasuredChoices, StepChoice, product_name
+from graphserve.runtime.choices import DEFAULT, NUM_SEQS, MeasuredChoices, StepChoice, product_name
 from graphserve.runtime.launch_specs import op_name, value_name
 from graphserve.runtime.load import load_model
 from graphserve.runtime.step_input import SamplingInput, StepInput
 
 logger = logging.getLogger(__name__)
 
-NUM_SEQS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the steps that are timed
 CONTEXT = 1024  # tokens of each sequence, or half of what the model holds
 MAX_VECTOR_SEQS = 4  # a vector kernel reads the weight once a row, the library's product once
 # Of attention: more are several times what fills a device, and each takes scratch memory that no plan counts.

@@ -22,7 +22,7 @@ import msgspec
 
 from graphserve.artifacts.manifest import SECONDS
 from graphserve.artifacts.store import Artifact, ArtifactStore
-from graphserve.plan.schema import PLAN_VERSION, Plan
+from graphserve.plan.schema import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -49,12 +49,17 @@ class CompiledPlan:
 @cache
 def source_hash() -> str:
     """SHA-256 over the sources that decide what a plan says: compiler, passes, ops, plan format, weight program."""
+    return hash_sources(*(f"{folder}/*.py" for folder in _SOURCE_FOLDERS))
+
+
+def hash_sources(*patterns: str) -> str:
+    """SHA-256 over the names and contents of the package's files that match a glob pattern, bytecode left out."""
     package = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256(str(PLAN_VERSION).encode())
-    for folder in _SOURCE_FOLDERS:
-        for path in sorted((package / folder).glob("*.py")):
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
+    paths = {path for pattern in patterns for path in package.glob(pattern) if path.is_file()}
+    digest = hashlib.sha256()
+    for path in sorted(path for path in paths if path.suffix != ".pyc"):
+        digest.update(str(path.relative_to(package)).encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

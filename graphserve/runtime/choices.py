@@ -6,11 +6,8 @@ hold. No choice changes what is computed, though it may change the order in whic
 
 from __future__ import annotations
 
-import hashlib
-import platform
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,13 +15,14 @@ import torch
 
 from graphserve.artifacts import Artifact, ArtifactStore
 from graphserve.config import EngineConfig
+from graphserve.kernels.cpu.isa import isa_level
 from graphserve.plan.runner import StepSize
 from graphserve.plan.schema import Dim
-from graphserve.processors import usable_threads
+from graphserve.plan.store import hash_sources
+from graphserve.processors import processor_name, usable_threads
 
 KIND, FILE = "choices", "choices.json"
-
-_SOURCE_FOLDERS = ("kernels", "runtime")
+NUM_SEQS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the steps that are timed
 
 
 class StepChoice(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -61,6 +59,10 @@ class MeasuredChoices(msgspec.Struct, frozen=True):
         measured = max((n for n in self.decode if n <= size.num_seqs < 2 * n), default=None)
         return DEFAULT if measured is None else self.decode[measured]
 
+    def covers(self, max_num_seqs: int) -> bool:
+        """Whether the largest steps of an engine were measured, or all that ever are."""
+        return 2 * max(self.decode, default=0) > min(max_num_seqs, NUM_SEQS[-1])
+
 
 def product_name(weight_shape: tuple[Dim, ...]) -> str:
     """What a table calls the product with a weight of shape [N, K]."""
@@ -73,7 +75,7 @@ def choice_factors(plan_factors: Mapping[str, Any], config: EngineConfig, device
         **plan_factors,
         "block_size": config.block_size,
         "enforce_eager": config.enforce_eager,
-        "kernel sources": _source_hash(),
+        "kernel sources": kernel_source_hash(),
         "device": _device_name(device),
     }
 
@@ -102,27 +104,10 @@ def save_choices(
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {usable_threads()} threads"
+    return f"{processor_name()}, {isa_level()}, {usable_threads()} threads"
 
 
 @cache
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
-
-
-@cache
-def _source_hash() -> str:
-    """SHA-256 over all sources of kernels and runtime: another kernel was not measured."""
-    package = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for folder in _SOURCE_FOLDERS:
-        for path in sorted((package / folder).rglob("*")):
-            if path.is_file() and path.suffix != ".pyc":
-                digest.update(str(path.relative_to(package)).encode())
-                digest.update(path.read_bytes())
-    return digest.hexdigest()
+def kernel_source_hash() -> str:
+    """Over all sources of kernels and runtime: another kernel was not measured."""
+    return hash_sources("kernels/**/*", "runtime/**/*")
