@@ -15,7 +15,7 @@ def compare_stores(first: ArtifactStore, second: ArtifactStore) -> list[str]:
     """One line for each artifact that only one of the stores has, with the factors in which the nearest one differs."""
     here = {(a.manifest.kind, a.manifest.key): a for a in first.artifacts()}
     there = {(a.manifest.kind, a.manifest.key): a for a in second.artifacts()}
-    lines: list[str] = []
+    lines = [*_damaged(first), *_damaged(second)]
     for names, own, other in ((("first", "second"), here, there), (("second", "first"), there, here)):
         for key in sorted(own.keys() - other.keys()):
             lines.append(_only_in(names[0], names[1], own[key], other.values()))
@@ -29,28 +29,51 @@ def compare_stores(first: ArtifactStore, second: ArtifactStore) -> list[str]:
 
 
 def compare_with_installation(store: ArtifactStore) -> list[str]:
-    """One line for each artifact that a start on this machine would not take, with the factor that is the reason."""
-    from graphserve.kernels.cpu.compiler import openmp_runtime
-    from graphserve.kernels.cpu.isa import available_levels
-    from graphserve.plan.store import source_hash
+    """One line for each artifact that a start on this machine would not take, with the factor that is the reason.
 
-    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    sources = {"torch": versions["torch"].split("+")[0], "transformers": versions["transformers"]}
-    openmp = openmp_runtime()
-    lines: list[str] = []
+    Whether a GPU kernel is one that today's sources still generate only a plan tells: ``warmup --check`` looks.
+    """
+    from graphserve.kernels.cpu.isa import available_levels
+
+    here = _factors_here()
+    lines = _damaged(store)
     for artifact in store.artifacts():
         manifest = artifact.manifest
-        wanted: dict[str, Any] = dict(manifest.factors)
-        if manifest.kind in ("plan", "weights"):
-            wanted |= {**sources, "graphserve sources": source_hash()}
-        elif manifest.kind == "cpp" and manifest.factors["OpenMP runtime"] is not None:
-            wanted["OpenMP runtime"] = openmp.name if openmp is not None else None
+        names = manifest.factors.keys() & here.get(manifest.kind, {}).keys()
+        wanted = {**manifest.factors, **{name: here[manifest.kind][name] for name in names}}
         reasons = differing_factors(manifest.factors, wanted)
-        if manifest.kind == "cpp" and manifest.factors["isa"] not in available_levels():
-            reasons.append(f"this processor lacks {manifest.factors['isa']}")
+        isa = manifest.factors.get("isa")
+        if manifest.kind == "cpp" and isa not in available_levels():
+            reasons.append(f"this processor lacks {isa}")
         if reasons:
             lines.append(f"{manifest.kind} {manifest.label}: {', '.join(reasons)}")
     return lines
+
+
+def _factors_here() -> dict[str, dict[str, Any]]:
+    """By kind, the factors that follow from this installation and this machine alone."""
+    from graphserve.kernels.cpu.compiler import compiler_version, openmp_runtime
+    from graphserve.plan.store import source_hash
+    from graphserve.runtime.choices import kernel_source_hash
+
+    sources = {
+        "torch": metadata.version("torch").split("+")[0],
+        "transformers": metadata.version("transformers"),
+        "graphserve sources": source_hash(),
+    }
+    openmp, compiler = openmp_runtime(), compiler_version()
+    cpp = {"OpenMP runtime": openmp.name if openmp is not None else None}
+    return {
+        "plan": sources,
+        "weights": sources,
+        "choices": {**sources, "kernel sources": kernel_source_hash()},
+        # Where there is no compiler, a start takes what any of them made.
+        "cpp": cpp if compiler is None else {**cpp, "C++ compiler": compiler},
+    }
+
+
+def _damaged(store: ArtifactStore) -> list[str]:
+    return [f"{folder.parent.name} {folder.name}: damaged ({why})" for folder, why in store.verify() if why is not None]
 
 
 def _only_in(name: str, other_name: str, artifact: Artifact, others: Iterable[Artifact]) -> str:

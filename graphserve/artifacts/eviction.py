@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from graphserve.artifacts.manifest import MANIFEST_NAME
-from graphserve.artifacts.store import Artifact, ArtifactStore, remove_stale_temporaries
+from graphserve.artifacts.store import QUARANTINE, ArtifactStore, children, remove_stale_temporaries
 from graphserve.errors import ConfigError
+from graphserve.plan.cache_dir import cache_dir
+from graphserve.progress import format_bytes
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_LIMIT_BYTES = 8 << 30
 LIMIT_VARIABLE = "GRAPHSERVE_CACHE_LIMIT"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A folder that takes room in a store: an artifact, readable or not, or one in quarantine."""
+
+    folder: Path
+    num_bytes: int
+    used_at: float  # seconds since the epoch
+    is_damaged: bool
 
 
 def parse_size(text: str) -> int:
@@ -32,35 +49,81 @@ def parse_size(text: str) -> int:
 def limit_bytes() -> int:
     """The size that stores are kept below: ``GRAPHSERVE_CACHE_LIMIT``, else 8 GiB."""
     named = os.environ.get(LIMIT_VARIABLE)
-    return DEFAULT_LIMIT_BYTES if not named else parse_size(named)
+    if not named:
+        return DEFAULT_LIMIT_BYTES
+    try:
+        return parse_size(named)
+    except ConfigError as error:
+        raise ConfigError(f"{LIMIT_VARIABLE}: {error}") from None
 
 
-def prune(store: ArtifactStore, max_bytes: int, removes_quarantine: bool = False) -> list[Artifact]:
-    """Delete artifacts, least recently used first, until the rest fits; returns those deleted.
+def keep_below_limit(store: ArtifactStore, used: Collection[Path] = ()) -> None:
+    """Prune the user's own cache to ``GRAPHSERVE_CACHE_LIMIT``; a store that a user named is the user's to prune.
 
-    What killed processes left half written goes as well, and with ``removes_quarantine`` what was found damaged.
-    A process that has loaded a deleted library keeps it.
+    Args:
+        used: folders of artifacts that stay, even if they alone are larger.
+    """
+    if store.root != cache_dir():
+        return
+    limit = limit_bytes()
+    removed = prune(store, limit, used)
+    if removed:
+        logger.info("deleted %d entries of %s that were not used for longest", len(removed), store.root)
+    rest = sum(entry.num_bytes for entry in _entries(store))
+    if rest > limit:
+        logger.warning(
+            "%s has %s, more than its limit of %s: what is needed now was kept. Set %s higher",
+            store.root,
+            format_bytes(rest),
+            format_bytes(limit),
+            LIMIT_VARIABLE,
+        )
+
+
+def prune(
+    store: ArtifactStore, max_bytes: int, used: Collection[Path] = (), removes_damaged: bool = False
+) -> list[Entry]:
+    """Delete what was not used for longest, until the rest fits; returns what was deleted.
+
+    What was found damaged, or cannot be read, counts as well, and with ``removes_damaged`` it goes in any case, as does
+    what killed processes left half written. A process that has loaded a deleted library keeps it.
+
+    Args:
+        used: folders of artifacts that stay.
     """
     remove_stale_temporaries(store.root)
-    if removes_quarantine:
-        shutil.rmtree(store.root / "quarantine", ignore_errors=True)
-    by_age = sorted(store.artifacts(), key=_last_use)
-    total = sum(artifact.manifest.num_bytes for artifact in by_age)
-    removed: list[Artifact] = []
-    for artifact in by_age:
-        if total <= max_bytes:
-            break
-        if _remove(store.root, artifact.folder):
-            total -= artifact.manifest.num_bytes
-            removed.append(artifact)
+    entries = _entries(store)
+    total = sum(entry.num_bytes for entry in entries)
+    removed: list[Entry] = []
+    for entry in sorted(entries, key=lambda entry: entry.used_at):
+        goes_anyway = removes_damaged and entry.is_damaged
+        if not goes_anyway and (total <= max_bytes or entry.folder in used):
+            continue
+        if _remove(store.root, entry.folder):
+            total -= entry.num_bytes
+            removed.append(entry)
     return removed
 
 
-def _last_use(artifact: Artifact) -> float:
-    try:
-        return (artifact.folder / MANIFEST_NAME).stat().st_mtime
-    except OSError:
-        return 0.0
+def _entries(store: ArtifactStore) -> list[Entry]:
+    readable = {artifact.folder for artifact in store.artifacts()}
+    folders = [*store.folders(), *children(store.root / QUARANTINE)]
+    return [Entry(folder, _size(folder), _last_use(folder), folder not in readable) for folder in folders]
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in children(folder):
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            total += path.stat().st_size
+    return total
+
+
+def _last_use(folder: Path) -> float:
+    for path in (folder / MANIFEST_NAME, folder):
+        with contextlib.suppress(OSError):
+            return path.stat().st_mtime
+    return 0.0
 
 
 def _remove(root: Path, folder: Path) -> bool:

@@ -14,7 +14,7 @@ def open_store(named: str | Path | None = None, is_strict: bool = False) -> Arti
 
     Args:
         named: a folder made by ``graphserve warmup --output``, a bundle (``.tar.zst``; it is unpacked into the user's
-            cache, only what that lacks), or None for the user's cache.
+            cache: what that lacks or has damaged), or None for the user's cache.
         is_strict: nothing may be built.
 
     Raises:

@@ -13,6 +13,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_SILENT_S = 2.0  # a wait that takes longer is said
 
 
 @contextlib.contextmanager
@@ -35,13 +36,18 @@ def process_lock(path: Path, timeout_s: float, what: str) -> Iterator[None]:
 
 
 def _acquire(descriptor: int, timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
+    begin = time.monotonic()
+    is_said = False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if time.monotonic() >= deadline:
+            waited_s = time.monotonic() - begin
+            if waited_s >= timeout_s:
                 logger.warning("another process has been making %s for %.0f s: it is made here too", what, timeout_s)
                 return
+            if waited_s >= _SILENT_S and not is_said:
+                logger.warning("waiting for another process that is making %s", what)
+                is_said = True
             time.sleep(_POLL_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ FORMAT = 1  # raised whenever the meaning of a manifest changes; other formats a
 SECONDS = "seconds"  # the fact in ``built`` that no two makings share
 
 _KEY_LENGTH = 32
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -67,16 +69,23 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """The manifest in ``data``.
 
         Raises:
-            ValueError: it is not JSON, not a manifest, of another format, or fails its checksum.
+            ValueError: it is not JSON, not a manifest, of another format, or fails its checksum; or it holds names
+                that are no file names, or texts that a terminal would not just show.
         """
-        content = json.loads(data)
-        if not isinstance(content, dict):
-            raise ValueError("it is not a JSON object")
-        if content.pop("checksum", None) != _checksum(content):
-            raise ValueError("it fails its checksum")
+        try:
+            content = json.loads(data)
+            if not isinstance(content, dict):
+                raise ValueError("it is not a JSON object")
+            if content.pop("checksum", None) != _checksum(content):
+                raise ValueError("it fails its checksum")
+            is_printable = _is_printable(content)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         manifest = msgspec.convert(content, Manifest)
         if manifest.format != FORMAT:
             raise ValueError(f"it has format {manifest.format}, this version reads {FORMAT}")
+        if not is_printable or not all(map(FILE_NAME.fullmatch, manifest.files)):
+            raise ValueError("it holds characters that no manifest of ours has")
         return manifest
 
 
@@ -88,6 +97,14 @@ def artifact_key(kind: str, factors: dict[str, Any]) -> str:
 def is_key(name: str) -> bool:
     """Whether a folder's name has the form of a key."""
     return len(name) == _KEY_LENGTH and set(name) <= set("0123456789abcdef")
+
+
+def _is_printable(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_printable(key) and _is_printable(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(map(_is_printable, value))
+    return value.isprintable() if isinstance(value, str) else True
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -17,20 +17,21 @@ import os
 import shutil
 import tempfile
 import time
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from graphserve.artifacts.locks import process_lock
 from graphserve.artifacts.manifest import MANIFEST_NAME, FileRecord, Manifest, artifact_key, is_key
-from graphserve.errors import CacheMissError
+from graphserve.errors import CacheMissError, ConfigError
+from graphserve.plan.cache_dir import own_folder
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("plan", "weights", "cpp", "triton", "tokenizer", "choices")
+QUARANTINE = "quarantine"
 LOCK_TIMEOUT_S = 600.0  # a builder that takes longer than this is taken for stuck
 
 _TOUCH_INTERVAL_S = 60.0  # the time of last use need not be more exact
@@ -39,19 +40,24 @@ _STALE_TEMPORARY_S = 3600.0  # what a killed process left behind in tmp/
 
 @dataclass(frozen=True)
 class Artifact:
-    """A checked artifact: at the time it was found, its files were those that its manifest names."""
+    """An artifact of a store.
+
+    Attributes:
+        contents: its files as they were checked, by name; empty if nothing was read but the manifest.
+    """
 
     folder: Path
     manifest: Manifest
+    contents: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     def path(self, name: str) -> Path:
-        """Where a file is."""
+        """Where a file is, unless another process has deleted the artifact."""
         assert name in self.manifest.files
         return self.folder / name
 
     def read(self, name: str) -> bytes:
-        """A file's contents."""
-        return self.path(name).read_bytes()
+        """A file's contents: as they were checked, else what the file holds now."""
+        return self.contents[name] if name in self.contents else self.path(name).read_bytes()
 
 
 class ArtifactStore:
@@ -60,16 +66,18 @@ class ArtifactStore:
     Args:
         root: the folder; made when something is stored.
         is_strict: nothing may be built (see :meth:`begin_build`).
+        must_keep: what the root does not take is an error; by default it is kept for this run only.
 
     Attributes:
         built: names of what this process built, in order.
     """
 
-    def __init__(self, root: Path, is_strict: bool = False) -> None:
+    def __init__(self, root: Path, is_strict: bool = False, must_keep: bool = False) -> None:
         self.root = root
         self.is_strict = is_strict
+        self.must_keep = must_keep
         self.built: list[str] = []
-        self._private: Path | None = None
+        self._has_own_root = False  # something could not be kept in the root
 
     @property
     def is_writable(self) -> bool:
@@ -79,17 +87,33 @@ class ArtifactStore:
             folder = folder.parent
         return folder.is_dir() and os.access(folder, os.W_OK)
 
-    def begin_build(self, name: str) -> None:
+    def require_writable(self) -> None:
+        """Refuse a root that keeps nothing.
+
+        Raises:
+            ConfigError: it is a file, or may not be written.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"{self.root} is a file, not the folder of a store: name a folder")
+        if not self.is_writable:
+            raise ConfigError(f"{self.root} cannot be written: name another folder, or change its permissions")
+
+    def begin_build(self, name: str, why: str = "") -> None:
         """Called before anything is compiled.
+
+        Args:
+            why: it is not taken from the store, such as ``miss: torch 2.12.0 → 2.13.0``.
 
         Raises:
             CacheMissError: the store is strict.
         """
+        reason = f" ({why})" if why else ""
         if self.is_strict:
             raise CacheMissError(
-                f"{name} is not in the store {self.root}, and strict_compile_cache forbids building it: run graphserve "
-                "warmup with the same model and options first"
+                f"{name} is not in the store {self.root}{reason}, and strict_compile_cache forbids building it: run "
+                "graphserve warmup with the same model and options first"
             )
+        logger.info("building %s, which is not in the store%s", name, reason)
         self.built.append(name)
 
     def find(self, kind: str, factors: Mapping[str, Any]) -> Artifact | None:
@@ -98,6 +122,18 @@ class ArtifactStore:
         for root in self._roots():
             artifact = self._checked(root / kind / key)
             if artifact is not None:
+                return artifact
+        return None
+
+    def find_alike(self, kind: str, factors: Mapping[str, Any], ignoring: Collection[str]) -> Artifact | None:
+        """An artifact that equals ``factors`` in all but those whose names are in ``ignoring``, or None."""
+
+        def rest(of: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in of.items() if name not in ignoring}
+
+        wanted = rest(factors)
+        for candidate in self.artifacts(kind):
+            if rest(candidate.manifest.factors) == wanted and (artifact := self._checked(candidate.folder)) is not None:
                 return artifact
         return None
 
@@ -111,8 +147,8 @@ class ArtifactStore:
     ) -> Artifact:
         """Store an artifact, in place of the one that may be there.
 
-        A root that cannot be written (read-only, full) is replaced by a folder of this process's own, said once in the
-        log.
+        Unless the store ``must_keep``, a root that cannot be written (read-only, full) is replaced by a folder of this
+        process's own, said once in the log.
 
         Args:
             files: contents by name.
@@ -120,47 +156,53 @@ class ArtifactStore:
             built: facts about the making that are no factor.
 
         Raises:
-            OSError: not even that folder can be written.
+            ConfigError: the root cannot be written, and the store must keep it.
+            OSError: not even the folder of this process can be written.
         """
         records = {name: FileRecord(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
         manifest = Manifest(kind=kind, label=label, factors=dict(factors), files=records, built=dict(built or {}))
         contents = {**files, MANIFEST_NAME: manifest.encode()}
-        if self._private is None:
+        if not self._has_own_root:
             try:
-                return Artifact(_write(self.root, manifest, contents), manifest)
+                return Artifact(_write(self.root, manifest, contents), manifest, files)
             except OSError as error:
+                if self.must_keep:
+                    raise ConfigError(f"{label} cannot be stored in {self.root}: {error}") from error
                 logger.warning("%s cannot be stored in %s, it is kept for this run only: %s", label, self.root, error)
-                self._private = Path(tempfile.mkdtemp(prefix="graphserve-"))
-                self._remove_private = weakref.finalize(self, shutil.rmtree, self._private, ignore_errors=True)
-        return Artifact(_write(self._private, manifest, contents), manifest)
-
-    def close(self) -> None:
-        """Delete what could be kept for this run only; libraries that are loaded stay usable."""
-        if self._private is not None:
-            self._remove_private()
-            self._private = None
+                self._has_own_root = True
+        return Artifact(_write(_own_root(), manifest, contents), manifest, files)
 
     def lock(self, kind: str, factors: Mapping[str, Any], timeout_s: float = LOCK_TIMEOUT_S) -> AbstractContextManager:
-        """Hold while an artifact is looked for again and made, so that other processes wait for it."""
+        """Hold while an artifact is looked for again and made, so that other processes wait for it.
+
+        A strict store makes nothing, so there is nothing to wait for.
+        """
+        if self.is_strict:
+            return contextlib.nullcontext()
         key = artifact_key(kind, dict(factors))
-        return process_lock(self.root / "locks" / f"{kind}-{key}", timeout_s, f"{kind} {key}")
+        with contextlib.suppress(OSError):
+            _make_root(self.root)
+        return process_lock(self.root / "locks" / f"{kind}-{key}", timeout_s, f"{kind} {key[:12]}")
 
     def artifacts(self, kind: str | None = None) -> Iterator[Artifact]:
         """Every artifact of the root whose manifest can be read; the files themselves are not checked."""
-        for name in KINDS if kind is None else (kind,):
-            for folder in _folders(self.root / name):
-                with contextlib.suppress(OSError, ValueError):
-                    yield Artifact(folder, _manifest(folder))
+        for folder in self.folders(kind):
+            with contextlib.suppress(OSError, ValueError):
+                yield Artifact(folder, _manifest(folder))
 
     def verify(self) -> Iterator[tuple[Path, str | None]]:
         """Check every artifact of the root: its folder and what is wrong with it. Changes nothing."""
-        for name in KINDS:
-            for folder in _folders(self.root / name):
-                yield folder, why_damaged(folder)
+        for folder in self.folders():
+            yield folder, why_damaged(folder)
+
+    def folders(self, kind: str | None = None) -> Iterator[Path]:
+        """The folder of every artifact of the root, whatever is in it."""
+        for name in KINDS if kind is None else (kind,):
+            yield from (folder for folder in children(self.root / name) if is_key(folder.name) and folder.is_dir())
 
     def quarantine(self, folder: Path, reason: str) -> None:
         """Take an artifact out of use; one that cannot be moved stays and is passed over at each start."""
-        target = self.root / "quarantine" / f"{folder.parent.name}-{folder.name}-{time.time_ns():x}"
+        target = self.root / QUARANTINE / f"{folder.parent.name}-{folder.name}-{time.time_ns():x}"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(target)
@@ -169,51 +211,63 @@ class ArtifactStore:
             logger.warning("stored %s %s is damaged (%s): passed over", folder.parent.name, folder.name, reason)
 
     def _roots(self) -> list[Path]:
-        return [self.root] if self._private is None else [self.root, self._private]
+        # What this process had to make for itself comes first: it may replace something unusable in the root.
+        return [_own_root(), self.root] if self._has_own_root else [self.root]
 
     def _checked(self, folder: Path) -> Artifact | None:
         if not folder.is_dir():
             return None
-        reason = why_damaged(folder)
-        if reason is not None:
+        loaded = load_artifact(folder)
+        if isinstance(loaded, str):
             # Another process may have replaced it in the meantime: what is there now decides.
             with process_lock(self.root / "locks" / "quarantine", 10.0, "quarantine"):
-                reason = why_damaged(folder) if folder.is_dir() else "gone"
-                if reason not in (None, "gone"):
-                    self.quarantine(folder, str(reason))
-            if reason is not None:
-                return None
-        try:
-            manifest = _manifest(folder)
-        except (OSError, ValueError):
+                loaded = load_artifact(folder)
+                if isinstance(loaded, str) and folder.is_dir():
+                    self.quarantine(folder, loaded)
+        if isinstance(loaded, str):
             return None
         with contextlib.suppress(OSError):
             if time.time() - (folder / MANIFEST_NAME).stat().st_mtime > _TOUCH_INTERVAL_S:
                 os.utime(folder / MANIFEST_NAME)
-        return Artifact(folder, manifest)
+        return loaded
 
 
-def why_damaged(folder: Path) -> str | None:
-    """What is wrong with an artifact: the file and the reason, or None."""
+def _own_root() -> Path:
+    """Where this process's stores put what their roots do not take."""
+    return own_folder() / "store"
+
+
+def load_artifact(folder: Path) -> Artifact | str:
+    """An artifact with its checked contents; or what is wrong with it: the file and the reason."""
     try:
         manifest = _manifest(folder)
     except (OSError, ValueError) as error:
         return f"{MANIFEST_NAME}: {error}"
     if (manifest.kind, manifest.key) != (folder.parent.name, folder.name):
         return f"{MANIFEST_NAME} belongs to {manifest.kind} {manifest.key}"
+    contents: dict[str, bytes] = {}
     for name, record in manifest.files.items():
         try:
-            data = (folder / name).read_bytes()
+            # The size first: what took the file's place may be larger than the memory.
+            size = (folder / name).stat().st_size
+            data = (folder / name).read_bytes() if size == record.num_bytes else b""
         except OSError as error:
             return f"{name}: {error.strerror}"
-        if hashlib.sha256(data).hexdigest() != record.sha256:
+        if size != record.num_bytes or hashlib.sha256(data).hexdigest() != record.sha256:
             return f"{name} fails its checksum"
-    return None
+        contents[name] = data
+    return Artifact(folder, manifest, contents)
+
+
+def why_damaged(folder: Path) -> str | None:
+    """What is wrong with an artifact: the file and the reason, or None."""
+    loaded = load_artifact(folder)
+    return loaded if isinstance(loaded, str) else None
 
 
 def remove_stale_temporaries(root: Path) -> None:
     """Delete what killed processes left half written."""
-    for folder in _children(root / "tmp"):
+    for folder in children(root / "tmp"):
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > _STALE_TEMPORARY_S:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -223,11 +277,8 @@ def _manifest(folder: Path) -> Manifest:
     return Manifest.decode((folder / MANIFEST_NAME).read_bytes())
 
 
-def _folders(parent: Path) -> list[Path]:
-    return [folder for folder in _children(parent) if is_key(folder.name) and folder.is_dir()]
-
-
-def _children(parent: Path) -> list[Path]:
+def children(parent: Path) -> list[Path]:
+    """What a folder holds, in order; nothing if it cannot be read."""
     try:
         return sorted(parent.iterdir())
     except OSError:
@@ -237,7 +288,7 @@ def _children(parent: Path) -> list[Path]:
 def _write(root: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Path:
     """Write a folder beside its place and rename it there; the folder that holds the artifact now."""
     folder = root / manifest.kind / manifest.key
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_root(root)
     folder.parent.mkdir(exist_ok=True)
     (root / "tmp").mkdir(exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=root / "tmp"))
@@ -251,6 +302,10 @@ def _write(root: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Pat
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _make_root(root: Path) -> None:
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _move_into_place(temporary: Path, folder: Path, manifest: Manifest) -> None:

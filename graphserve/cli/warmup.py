@@ -10,6 +10,7 @@ from typing import Any
 
 from graphserve import progress
 from graphserve.cli.engine_options import add_engine_options, add_model_argument, engine_config, fetch_model
+from graphserve.errors import ConfigError
 from graphserve.startup import without_collector
 
 # Options that decide nothing of what is compiled, or where it goes (--output says that here).
@@ -53,7 +54,9 @@ def run(options: argparse.Namespace) -> int:
     """Fill or check the store; print its report."""
     config = engine_config(options)
     fetch_model(config)
-    targets = [target for target in options.target.split(",") if target]
+    targets = list(dict.fromkeys(target.strip() for target in options.target.split(",")))
+    if options.jobs is not None and options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs}: give 1 or more")
     previous = progress.set_sink(progress.StreamSink())
     try:
         with without_collector():

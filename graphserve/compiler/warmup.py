@@ -6,7 +6,6 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from graphserve.artifacts import Artifact, ArtifactStore, open_store
 from graphserve.artifacts.bundle import SUFFIX, export_bundle, import_bundle
-from graphserve.artifacts.eviction import limit_bytes, prune
+from graphserve.artifacts.eviction import keep_below_limit, limit_bytes
 from graphserve.compiler.warmup_kernels import cpp_kernels, triton_kernels
 from graphserve.compiler.warmup_report import WarmupReport
 from graphserve.config import EngineConfig
@@ -23,17 +22,18 @@ from graphserve.errors import ConfigError
 from graphserve.kernels.cpu import CppKernel, compile_missing, compiler, stored_libraries
 from graphserve.kernels.cpu.isa import ISA_LEVELS, isa_level
 from graphserve.kernels.triton.compile_jobs import compile_in_processes, default_jobs
-from graphserve.kernels.triton.compiled import TRITON_VERSION, find_compiled
+from graphserve.kernels.triton.compiled import TRITON_VERSION, find_compiled, installed_version
 from graphserve.kernels.triton.kernel import TARGETS as GPU_TARGETS
 from graphserve.kernels.triton.kernel import TritonKernel
 from graphserve.models.checkpoint import Checkpoint
 from graphserve.models.converted_tokenizer import conversion_factors
 from graphserve.models.hub import resolve_model
 from graphserve.models.tokenizer import convertible_files, load_tokenizer
+from graphserve.plan.cache_dir import cache_dir
 from graphserve.plan.store import foreseen_layout, load_plan
 from graphserve.progress import phase
 from graphserve.runtime.choices import KIND as CHOICES
-from graphserve.runtime.choices import MeasuredChoices, choice_factors, save_choices
+from graphserve.runtime.choices import MeasuredChoices, choice_factors, load_choices, save_choices
 from graphserve.runtime.find_plan import (
     ModelPlan,
     checkpoint_layout,
@@ -68,15 +68,17 @@ def run_warmup(
         measure: times how decode steps run fastest on the device at hand; what it finds is stored too.
 
     Raises:
-        ConfigError: a target is unknown; or ``measure`` where ``targets`` lack the device at hand, or with
-            ``deterministic``, which leaves nothing to choose.
+        ConfigError: a target is unknown, or ``output`` keeps nothing; or ``measure`` where ``targets`` lack the device
+            at hand, or with ``deterministic``, which leaves nothing to choose.
         GraphserveError: the model cannot be served at all.
     """
     for target in targets:
         check_target(target)
     if measure is not None:
         _check_measure(config, targets)
-    num_jobs = default_jobs() if num_jobs is None else max(1, num_jobs)
+    if not check:
+        _check_output(output)
+    num_jobs = default_jobs() if num_jobs is None else num_jobs
     folder = find_model(config)
     with _store_of(output, check) as store:
         report = WarmupReport(str(output) if output is not None else str(store.root))
@@ -90,13 +92,15 @@ def run_warmup(
                 else:
                     kernels = triton_kernels(model.compiled.plan, config, target)
                     _triton(kernels, target, store, check, num_jobs, report)
+        else:
+            report.add("kernels", "kernels: which ones follows from the plan", None, False)
         if measure is not None:
             _choices(config, folder, store, check, measure, report)
-        if not check and output is not None and output.name.endswith(SUFFIX):
-            with phase("write bundle"):
-                export_bundle(report.artifacts.values(), output)
-        elif not check:
-            prune(store, limit_bytes())
+        if not check:
+            if output is not None and _is_bundle(output):
+                with phase("write bundle"):
+                    export_bundle(report.artifacts.values(), output)
+            keep_below_limit(store, {artifact.folder for artifact in report.artifacts.values()})
     return report
 
 
@@ -123,16 +127,34 @@ def _check_measure(config: EngineConfig, targets: Sequence[str]) -> None:
         )
 
 
+def _is_bundle(output: Path) -> bool:
+    return output.name.endswith(SUFFIX)
+
+
+def _check_output(output: Path | None) -> None:
+    """Refuse early what could only be refused once everything is compiled."""
+    limit_bytes()
+    if output is None:
+        open_store().require_writable()
+    elif not _is_bundle(output):
+        ArtifactStore(output).require_writable()
+    elif output.is_dir():
+        raise ConfigError(f"{output} is a folder, and a bundle is a file: name another, or a folder without {SUFFIX}")
+    else:
+        ArtifactStore(output.parent).require_writable()
+
+
 @contextlib.contextmanager
 def _store_of(output: Path | None, check: bool) -> Iterator[ArtifactStore]:
-    """The store to fill or to look at; a bundle is checked apart from everything else."""
-    if output is None or (output.name.endswith(SUFFIX) and not check):
-        yield open_store()
-    elif not output.name.endswith(SUFFIX):
-        yield ArtifactStore(output)
+    """The store to fill or to look at: for a bundle the user's cache, or a folder that holds what is in it already."""
+    cache = ArtifactStore(cache_dir(), must_keep=True)
+    if output is None or (_is_bundle(output) and not check and cache.is_writable):
+        yield cache
+    elif not _is_bundle(output):
+        yield ArtifactStore(output, must_keep=True)
     else:
-        with tempfile.TemporaryDirectory(prefix="graphserve-check-") as folder:
-            store = ArtifactStore(Path(folder))
+        with tempfile.TemporaryDirectory(prefix="graphserve-bundle-") as folder:
+            store = ArtifactStore(Path(folder), must_keep=True)
             if output.is_file():
                 import_bundle(output, store)
             yield store
@@ -167,7 +189,10 @@ def _plan(
     else:
         find = find_or_compile if checkpoint is not None else find_or_compile_config
         found = find(config, folder, store)
-    name = f"{config.model} (dtype {config.dtype}, max_model_len {config.max_model_len})"
+    dtype = factors["dtype"]
+    if checkpoint is None and config.dtype == "auto" and dtype != "auto":
+        dtype += ": config.json names none, and weights in another need --dtype"
+    name = f"{config.model} (dtype {dtype}, max_model_len {config.max_model_len})"
     launches = f", {len(found.compiled.plan.launches)} launches" if found is not None else ""
     report.add("plan", f"plan of {name}{launches}", store.find("plan", factors), had_plan)
     layout = _layout(store, factors, checkpoint)
@@ -224,7 +249,8 @@ def _choices(
     config: EngineConfig, folder: Path, store: ArtifactStore, check: bool, measure: Measure, report: WarmupReport
 ) -> None:
     factors = choice_factors(folder_factors(config, folder), config, pick_device(config))
-    before = artifact = store.find(CHOICES, factors)
+    stored = load_choices(store, factors)
+    before = artifact = store.find(CHOICES, factors) if stored and stored.covers(config.max_num_seqs) else None
     if artifact is None and not check:
         begin = time.monotonic()
         changes: dict[str, Any] = {"compile_cache": str(store.root) if store.root.is_dir() else None}
@@ -239,4 +265,5 @@ def _must_compile(artifact: Artifact | None, check: bool) -> bool:
     """Whether a kernel is missing, or was compiled by another Triton than the one at hand (a start takes it still)."""
     if artifact is None or check:
         return artifact is None
-    return artifact.manifest.built.get(TRITON_VERSION) != metadata.version("triton")
+    at_hand = installed_version()
+    return at_hand is not None and artifact.manifest.built.get(TRITON_VERSION) != at_hand

@@ -17,7 +17,7 @@ from graphserve.artifacts import ArtifactStore
 from graphserve.artifacts.difference import explain_miss
 from graphserve.config import EngineConfig
 from graphserve.errors import ConfigError
-from graphserve.models.checkpoint import Checkpoint
+from graphserve.models.checkpoint import FLOAT_DTYPES, Checkpoint
 from graphserve.models.config import DTYPE_NAMES, read_config_json
 from graphserve.plan.store import (
     CompiledPlan,
@@ -54,11 +54,9 @@ def plan_factors(config: EngineConfig, folder: Path, checkpoint: Checkpoint | No
     """
     model_config = read_config_json(folder)
     dtype = DTYPE_NAMES.get(config.dtype, config.dtype)
-    if dtype == "auto" and checkpoint is not None and not _declares_dtype(model_config):
-        dtype = f"auto, stored as {_most_common_dtype(checkpoint)}"
     return {
         "config": _digest(model_config),
-        "dtype": dtype,
+        "dtype": _undeclared_dtype(checkpoint) if dtype == "auto" and not declares_dtype(model_config) else dtype,
         "max_model_len": config.max_model_len,
         "quantization": config.quantization,
         "untied": [],
@@ -110,12 +108,12 @@ def find_or_compile(config: EngineConfig, folder: Path, store: ArtifactStore) ->
         checkpoint = Checkpoint.open(folder)
         factors = plan_factors(config, folder, checkpoint)
         found = _stored(store, factors, checkpoint)
-        work.note = "found" if found is not None else explain_miss(store, "plan", factors, same=("config",))
+        why = work.note = "found" if found is not None else explain_miss(store, "plan", factors, same=("config",))
     if found is not None:
         return found
     with store.lock("plan", factors):
         # Another process may have made it while this one waited.
-        return _stored(store, factors, checkpoint) or _compile_checkpoint(config, folder, store)
+        return _stored(store, factors, checkpoint) or _compile_checkpoint(config, folder, store, why)
 
 
 def find_or_compile_config(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
@@ -123,11 +121,11 @@ def find_or_compile_config(config: EngineConfig, folder: Path, store: ArtifactSt
     factors = plan_factors(config, folder, None)
     with phase("find stored plan") as work:
         found = _stored_config(store, factors)
-        work.note = "found" if found is not None else explain_miss(store, "plan", factors, same=("config",))
+        why = work.note = "found" if found is not None else explain_miss(store, "plan", factors, same=("config",))
     if found is not None:
         return found
     with store.lock("plan", factors):
-        return _stored_config(store, factors) or _compile_config(config, folder, factors, store)
+        return _stored_config(store, factors) or _compile_config(config, folder, factors, store, why)
 
 
 def _stored_config(store: ArtifactStore, factors: Mapping[str, Any]) -> ModelPlan | None:
@@ -171,8 +169,8 @@ def compile_model(
     return built
 
 
-def _compile_checkpoint(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
-    store.begin_build(f"the plan of {config.model}")
+def _compile_checkpoint(config: EngineConfig, folder: Path, store: ArtifactStore, why: str) -> ModelPlan:
+    store.begin_build(f"the plan of {config.model}", why)
     _import_transformers()
     with phase("check weights"):
         from graphserve.models.weight_loading import check_checkpoint, foreseen_program, stored_dtype, tied_names
@@ -192,8 +190,10 @@ def _compile_checkpoint(config: EngineConfig, folder: Path, store: ArtifactStore
     return ModelPlan(compiled, program)
 
 
-def _compile_config(config: EngineConfig, folder: Path, factors: Mapping[str, Any], store: ArtifactStore) -> ModelPlan:
-    store.begin_build(f"the plan of {config.model}")
+def _compile_config(
+    config: EngineConfig, folder: Path, factors: Mapping[str, Any], store: ArtifactStore, why: str
+) -> ModelPlan:
+    store.begin_build(f"the plan of {config.model}", why)
     _import_transformers()
     from graphserve.models.weight_loading import foreseen_program
 
@@ -235,16 +235,20 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.shape) for name, entry in checkpoint.tensors.items()}
 
 
-def _declares_dtype(model_config: Mapping[str, Any]) -> bool:
+def declares_dtype(model_config: Mapping[str, Any]) -> bool:
+    """Whether ``config.json`` names the dtype to compute in, so that no checkpoint is asked."""
     parts = (model_config, model_config.get("text_config") or {})
     return any(part.get("dtype") or part.get("torch_dtype") for part in parts)
 
 
-def _most_common_dtype(checkpoint: Checkpoint) -> str:
+def _undeclared_dtype(checkpoint: Checkpoint | None) -> str:
+    """What ``resolve_dtype`` makes of ``auto``: the dtype of most stored bytes if kernels have it, else float32."""
     sizes: dict[str, int] = {}
-    for entry in checkpoint.tensors.values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
-    return max(sizes, key=lambda name: sizes[name], default="nothing")
+    for entry in checkpoint.tensors.values() if checkpoint is not None else ():
+        if entry.dtype in FLOAT_DTYPES:
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    stored = max(sizes, key=lambda name: sizes[name], default="F32")
+    return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
 
 
 def _digest(value: Any) -> str:

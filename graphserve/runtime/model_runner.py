@@ -265,7 +265,6 @@ class ModelRunner:
             self._triton = None
         self._runner.release()
         self.weight_memory.close()
-        self._store.close()
 
     def _grow_inputs(self, size: StepSize) -> None:
         tokens, rows, seqs = size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -38,6 +39,76 @@ def test_a_bundle_carries_everything_to_another_place(store: ArtifactStore, tmp_
     export_bundle(other.artifacts(), again)
     assert again.read_bytes() == bundle.read_bytes(), "the same artifacts gave other bytes"
     assert str(tmp_path).encode() not in zstandard.ZstdDecompressor().stream_reader(bundle.read_bytes()).read()
+
+
+def test_a_bundle_repairs_what_is_damaged(store: ArtifactStore, tmp_path: Path) -> None:
+    bundle, other = tmp_path / "x.tar.zst", ArtifactStore(tmp_path / "other")
+    export_bundle(store.artifacts(), bundle)
+    import_bundle(bundle, other)
+    next(other.artifacts("cpp")).path("library.so").write_bytes(b"other")
+    assert import_bundle(bundle, other) == 1 and contents(other) == contents(store)
+
+
+def test_a_bundle_has_the_permissions_of_any_new_file(store: ArtifactStore, tmp_path: Path) -> None:
+    bundle, plain = tmp_path / "x.tar.zst", tmp_path / "plain"
+    export_bundle(store.artifacts(), bundle)
+    plain.touch()
+    assert bundle.stat().st_mode == plain.stat().st_mode
+
+
+def test_an_artifact_that_is_deleted_meanwhile_is_named(store: ArtifactStore, tmp_path: Path) -> None:
+    chosen = list(store.artifacts())
+    shutil.rmtree(chosen[0].folder)
+    with pytest.raises(ConfigError, match="was deleted while it was exported"):
+        export_bundle(chosen, tmp_path / "x.tar.zst")
+    assert not (tmp_path / "x.tar.zst").exists()
+
+
+def members_of(bundle: Path) -> list[tuple[tarfile.TarInfo, bytes]]:
+    raw = zstandard.ZstdDecompressor().stream_reader(bundle.read_bytes()).read()
+    with tarfile.open(None, "r", io.BytesIO(raw)) as tar:
+        return [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+
+
+def test_a_bundle_that_ends_between_two_members_is_cut_off(store: ArtifactStore, tmp_path: Path) -> None:
+    bundle, other = tmp_path / "x.tar.zst", ArtifactStore(tmp_path / "other")
+    export_bundle(store.artifacts(), bundle)
+    write_bundle(bundle, members_of(bundle)[:-1])
+    with pytest.raises(ConfigError, match="cut off: 1 of the artifacts"):
+        import_bundle(bundle, other)
+    assert len(list(other.artifacts())) == 1 and all(reason is None for _, reason in other.verify())
+
+
+def test_a_bundle_takes_no_more_room_than_a_store_may(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("plan", {"n": 3}, {"plan.json": bytes(1 << 20)}, "a bomb")
+    bundle = tmp_path / "x.tar.zst"
+    export_bundle(store.artifacts(), bundle)
+    assert bundle.stat().st_size < 10_000
+    monkeypatch.setenv("GRAPHSERVE_CACHE_LIMIT", "100K")
+    with pytest.raises(ConfigError, match="unpacks to more than the 102400 bytes .* GRAPHSERVE_CACHE_LIMIT"):
+        import_bundle(bundle, ArtifactStore(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_nothing_of_a_header_that_claims_a_long_name_is_read(tmp_path: Path, kind: bytes) -> None:
+    member = tarfile.TarInfo("././@LongLink")
+    member.type, member.size = kind, 1 << 40  # a name of a TiB, of which the file has no byte
+    header = member.tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "x.tar.zst").write_bytes(zstandard.ZstdCompressor().compress(header))
+    with pytest.raises(ConfigError, match="is no regular file"):
+        import_bundle(tmp_path / "x.tar.zst", ArtifactStore(tmp_path / "store"))
+
+
+def test_a_member_of_another_size_than_its_manifest_says_is_not_read(store: ArtifactStore, tmp_path: Path) -> None:
+    bundle = tmp_path / "x.tar.zst"
+    export_bundle(store.artifacts(), bundle)
+    members = members_of(bundle)
+    members[-1] = (members[-1][0], members[-1][1] + b"more")
+    write_bundle(bundle, members)
+    with pytest.raises(ConfigError, match="fails its checksum"):
+        import_bundle(bundle, ArtifactStore(tmp_path / "other"))
 
 
 def test_a_damaged_artifact_is_not_exported(store: ArtifactStore, tmp_path: Path) -> None:

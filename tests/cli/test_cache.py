@@ -70,3 +70,61 @@ def test_prune_deletes_down_to_a_size(store: ArtifactStore, capsys: pytest.Captu
     assert sum(a.manifest.num_bytes for a in store.artifacts()) <= 1024
     assert main(["cache", "prune", "--max-size", "much", "--store", str(store.root)]) == 2
     assert "'much' is not a size" in capsys.readouterr().err
+    (store.root / "plan" / ("0" * 32)).mkdir(parents=True)
+    assert main(["cache", "prune", "--max-size", "0", "--store", str(store.root)]) == 0
+    assert not list(store.folders()), "what cannot be read was left"
+
+
+def test_a_bundle_can_be_looked_at_where_it_is(
+    store: ArtifactStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(tmp_path / "x.tar.zst")
+    assert main(["cache", "export", bundle, "--store", str(store.root)]) == 0
+    for action, text in (("ls", f"2 artifacts, 2.0 KiB, in {bundle}"), ("verify", "verified 2 artifacts")):
+        assert main(["cache", action, "--store", bundle]) == 0
+        assert text in capsys.readouterr().out
+    assert main(["cache", "export", str(tmp_path / "again.tar.zst"), "--store", bundle]) == 0
+    assert (tmp_path / "again.tar.zst").read_bytes() == Path(bundle).read_bytes()
+    assert main(["cache", "prune", "--store", bundle]) == 2
+
+
+@pytest.mark.parametrize("action", [["ls"], ["verify"], ["prune"], ["export", "x.tar.zst"]])
+def test_a_store_that_does_not_exist_is_told(
+    action: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = str(tmp_path / "typo")
+    assert main(["cache", *action, "--store", place]) == 2
+    assert place in capsys.readouterr().err
+
+
+def test_what_is_damaged_is_told_and_not_exported(
+    store: ArtifactStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (next(store.artifacts("plan")).folder / "manifest.json").write_text("{}")
+    assert main(["cache", "ls", "--store", str(store.root)]) == 0
+    assert "1 artifacts, 4 B" in (text := capsys.readouterr().out) and "1 cannot be read" in text
+    assert main(["cache", "export", str(tmp_path / "x.tar.zst"), "--store", str(store.root)]) == 2
+    assert "is damaged (manifest.json" in capsys.readouterr().err
+    assert main(["cache", "diff", str(store.root), str(store.root)]) == 1
+    assert "damaged (manifest.json" in capsys.readouterr().out
+
+
+def test_an_import_that_would_not_stay_is_refused(
+    store: ArtifactStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(tmp_path / "x.tar.zst")
+    assert main(["cache", "export", bundle, "--store", str(store.root)]) == 0
+    (tmp_path / "file").touch()
+    assert main(["cache", "import", bundle, "--store", str(tmp_path / "file")]) == 2
+    assert "is a file, not the folder of a store" in capsys.readouterr().err
+
+
+def test_an_empty_store_differs_from_nothing_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", "diff", str(tmp_path)]) == 2
+    assert "has no artifacts" in capsys.readouterr().err
+
+
+def test_a_kind_that_does_not_exist_is_refused_with_those_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["cache", "export", "x.tar.zst", "--kind", "bogus"])
+    assert stop.value.code == 2 and "'triton'" in capsys.readouterr().err

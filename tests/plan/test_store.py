@@ -8,6 +8,7 @@ import torch
 
 from graphserve.artifacts import ArtifactStore
 from graphserve.models.weight_program import Load, ParameterRule, WeightProgram
+from graphserve.plan.cache_dir import remove_own_folder
 from graphserve.plan.schema import CacheGroup, CacheSpec, Launch, Plan, TensorSpec, WeightPart, WeightSpec
 from graphserve.plan.store import (
     CompiledPlan,
@@ -77,5 +78,6 @@ def test_a_store_that_cannot_be_written_costs_only_a_warning(
     assert save_plan(store, FACTORS, compiled) is not None and "kept for this run only" in caplog.text
     assert load_plan(store, FACTORS) is not None, "what could not be stored serves this run"
     assert load_plan(ArtifactStore(tmp_path), FACTORS) is None
+    remove_own_folder()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     assert save_plan(ArtifactStore(tmp_path), FACTORS, compiled) is None and "could not be stored" in caplog.text

@@ -27,7 +27,7 @@ from graphserve.artifacts import ArtifactStore, open_store
 from graphserve.kernels.triton.compiled import CompiledKernel, compile_into
 from graphserve.kernels.triton.grid import evaluate, grid_size
 from graphserve.kernels.triton.kernel import TARGETS, TRITON_TYPES, TritonKernel
-from graphserve.plan.cache_dir import cache_dir
+from graphserve.plan.cache_dir import own_folder
 
 # What a kernel that does not compile raises.
 COMPILE_ERRORS = (RuntimeError, TritonError)
@@ -118,7 +118,7 @@ def _load_module(kernel: TritonKernel, purpose: str) -> ModuleType:
     name = f"graphserve_generated.{purpose}.{kernel.symbol}"
     if name in sys.modules:
         return sys.modules[name]
-    path = cache_dir() / "triton" / "source" / f"{kernel.symbol}.py"
+    path = own_folder() / "triton" / "source" / f"{kernel.symbol}.py"
     text = kernel.source.encode()
     if not path.is_file() or path.read_bytes() != text:
         _write(path, text)
@@ -145,7 +145,7 @@ def _compile(kernel: TritonKernel, target: str) -> CompiledKernel:
     attrs = {(i,): [["tt.divisibility", 16]] for i in pointers}
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
     with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(cache_dir() / "triton" / "compiler")
+        triton.knobs.cache.dir = str(own_folder() / "triton" / "compiler")
         built = triton.compile(ASTSource(function, signature, {}, attrs), target=gpu_target(target), options=options)
     metadata = built.metadata
     scratch = getattr(metadata, "global_scratch_size", 0) or 0

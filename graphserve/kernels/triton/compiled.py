@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -29,6 +32,8 @@ TRITON_VERSION = "triton"  # in an artifact's facts on its making
 
 _SOURCE, _BINARY, _ASSEMBLY, _MACHINE, _FACTS = "source.py", "binary", "assembly.txt", "machine.txt", "facts.json"
 _CONTENTS = ("binary", "asm", "sass")  # fields that are files of their own
+
+_VERSION = re.compile(r"^__version__ = ['\"]([^'\"]+)", re.MULTILINE)
 
 Progress = Callable[[int, int], None]  # kernels done, kernels in all
 
@@ -65,6 +70,18 @@ class CompiledKernel(msgspec.Struct, frozen=True):
     num_vector_loads_128: int
     num_vector_stores_128: int
     num_mma: int
+
+
+def installed_version() -> str | None:
+    """``triton.__version__`` without the time that importing Triton takes; None where there is none.
+
+    Not the version of a distribution: those with this package have several names.
+    """
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    found = _VERSION.search(Path(spec.origin).read_text())
+    return found[1] if found is not None else None
 
 
 def find_compiled(store: ArtifactStore, kernel: TritonKernel, target: str) -> Artifact | None:
