@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
@@ -21,9 +22,8 @@ def compare_stores(first: ArtifactStore, second: ArtifactStore) -> list[str]:
             lines.append(_only_in(names[0], names[1], own[key], other.values()))
     for key in sorted(here.keys() & there.keys()):
         one, two = here[key].manifest, there[key].manifest
-        facts = [{n: v for n, v in m.built.items() if n != SECONDS} for m in (one, two)]
         if one.files != two.files:
-            how = ", ".join(differing_factors(*facts)) or "made by the same tools"
+            how = ", ".join(differing_factors(one.built, two.built, ignoring=(SECONDS,))) or "made by the same tools"
             lines.append(f"{one.kind} {one.label}: the same key, other contents ({how})")
     return lines
 
@@ -39,7 +39,9 @@ def compare_with_installation(store: ArtifactStore) -> list[str]:
     lines = _damaged(store)
     for artifact in store.artifacts():
         manifest = artifact.manifest
-        names = manifest.factors.keys() & here.get(manifest.kind, {}).keys()
+        # What is None was of no importance: a library without threads needs no OpenMP runtime.
+        factors = {name for name, value in manifest.factors.items() if value is not None}
+        names = factors & here.get(manifest.kind, {}).keys()
         wanted = {**manifest.factors, **{name: here[manifest.kind][name] for name in names}}
         reasons = differing_factors(manifest.factors, wanted)
         isa = manifest.factors.get("isa")
@@ -52,7 +54,8 @@ def compare_with_installation(store: ArtifactStore) -> list[str]:
 
 def _factors_here() -> dict[str, dict[str, Any]]:
     """By kind, the factors that follow from this installation and this machine alone."""
-    from graphserve.kernels.cpu.compiler import compiler_version, openmp_runtime
+    from graphserve.kernels.cpu.compiler import compiler_options, compiler_version, openmp_runtime
+    from graphserve.kernels.cpu.isa import machine
     from graphserve.plan.store import source_hash
     from graphserve.runtime.choices import kernel_source_hash
 
@@ -62,7 +65,12 @@ def _factors_here() -> dict[str, dict[str, Any]]:
         "graphserve sources": source_hash(),
     }
     openmp, compiler = openmp_runtime(), compiler_version()
-    cpp = {"OpenMP runtime": openmp.name if openmp is not None else None}
+    cpp = {
+        "OpenMP runtime": openmp.name if openmp is not None else None,
+        "machine": machine(),
+        "system": platform.system(),
+        "C++ options": compiler_options(),
+    }
     return {
         "plan": sources,
         "weights": sources,

@@ -67,15 +67,13 @@ def fetch_model(config: EngineConfig) -> None:
     """Find the model, downloading it if need be, before anything slow is imported or started.
 
     Raises:
-        ConfigError: there is no such model; says what was tried.
+        ConfigError: there is no such model (says what was tried), or an option is wrong whatever the model.
     """
-    from graphserve.models.hub import resolve_model
+    from graphserve.engine.early_checks import find_model
 
     previous = progress.set_sink(progress.StreamSink())
     try:
-        resolve_model(
-            config.model, config.revision, config.download_dir, config.hf_token, progress=progress.byte_reporter()
-        )
+        find_model(config, progress.byte_reporter())
     finally:
         progress.set_sink(previous)
 

@@ -16,7 +16,7 @@ from graphserve.cli.engine_options import (
     fetch_model,
     sampling_params,
 )
-from graphserve.errors import RequestError
+from graphserve.errors import ConfigError, RequestError
 from graphserve.startup import StartupClock
 
 if TYPE_CHECKING:
@@ -46,9 +46,13 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Print the completion of each prompt, several separated by an empty line."""
-    clock = StartupClock(progress.StreamSink()) if options.startup_report is not None else None
+    clock = None
+    if options.startup_report is not None:
+        _require_folder_of(options.startup_report)
+        clock = StartupClock(progress.StreamSink())
     prompts = _prompts(options)
     config = engine_config(options)
+    sampling_params(options, {})  # what is wrong by itself is told before anything is loaded
     previous = progress.set_sink(clock)
     try:
         with progress.phase("import engine"):
@@ -67,25 +71,35 @@ def _generate(options: argparse.Namespace, prompts: list[str], local: LocalEngin
     with local as engine:
         params = sampling_params(options, engine.default_sampling_params)
         if options.chat:
-            prompts = [engine.render_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
+            with progress.phase("render prompts"):
+                prompts = [engine.render_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
         begin = time.monotonic()
         num_tokens = 0
+
+        def on_token() -> None:
+            if clock is not None:
+                clock.first_token(begin)
+
         if len(prompts) == 1 and params.n == 1:
             for text, new_tokens in engine.stream(prompts[0], params, is_rendered=options.chat):
-                if clock is not None:
-                    clock.first_token(begin)
+                on_token()
                 num_tokens += new_tokens
                 sys.stdout.write(text)
                 sys.stdout.flush()
             sys.stdout.write("\n")
         else:
-            answers = engine.complete(prompts, params, is_rendered=options.chat)
+            answers = engine.complete(prompts, params, is_rendered=options.chat, on_token=on_token)
             num_tokens = sum(count for _, count in answers)
             sys.stdout.write("\n\n".join(text for text, _ in answers) + "\n")
         seconds = time.monotonic() - begin
     rate = num_tokens / max(seconds, 1e-9)
     sys.stderr.write(f"generated {num_tokens} tokens in {seconds:.2f} s ({rate:.1f} tokens/s)\n")
     return 0
+
+
+def _require_folder_of(report: Path) -> None:
+    if not report.parent.is_dir() or report.is_dir():
+        raise ConfigError(f"--startup-report {report}: give a file in a folder that exists")
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:

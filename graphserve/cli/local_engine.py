@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -30,7 +30,9 @@ class LocalEngine:
         try:
             with without_collector():
                 with progress.phase("import torch"), import_turn():
-                    import graphserve.runtime.load  # noqa: F401  (the engine needs it; here it has a phase of its own)
+                    # The engine needs them; here their import has a phase of its own.
+                    import graphserve.engine.model_executor
+                    import graphserve.runtime.load  # noqa: F401
                 self._engine = LLMEngine.from_config(self._config)
         finally:
             progress.set_sink(previous)
@@ -76,16 +78,25 @@ class LocalEngine:
             self._engine.abort(request_id)
 
     def complete(
-        self, prompts: Sequence[str], params: SamplingParams, is_rendered: bool = False
+        self,
+        prompts: Sequence[str],
+        params: SamplingParams,
+        is_rendered: bool = False,
+        on_token: Callable[[], None] = lambda: None,
     ) -> list[tuple[str, int]]:
-        """Whole completions, ``n`` a prompt in the order of the prompts, each with its number of tokens."""
-        params = params.clone(output_kind=RequestOutputKind.FINAL_ONLY)
+        """Whole completions, ``n`` a prompt in the order of the prompts, each with its number of tokens.
+
+        Args:
+            on_token: called after every step that gave a token.
+        """
+        params = params.clone(output_kind=RequestOutputKind.CUMULATIVE)
         request_ids = [self._add(prompt, params, is_rendered) for prompt in prompts]
         finished = {}
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 if output.error is not None:
                     raise GraphserveError(f"the engine failed on a prompt: {output.error}")
+                on_token()
                 finished[output.request_id] = output.outputs
         return [(completion.text, len(completion.token_ids)) for name in request_ids for completion in finished[name]]
 

@@ -45,9 +45,11 @@ def run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     progress.set_sink(progress.StreamSink())
     from graphserve.engine.client import EngineClient
-    from graphserve.server.serve import serve
 
     begin = time.monotonic()
+    client = EngineClient(config.to_kwargs())
+    client.spawn()  # it loads while the server is imported
+    from graphserve.server.serve import serve
 
     def announce(server: Server, info: EngineInfo) -> None:
         names = " or ".join(info.served_model_names)
@@ -64,7 +66,6 @@ def run(options: argparse.Namespace) -> int:
         )
         sys.stderr.flush()
 
-    client = EngineClient(config.to_kwargs())
     import asyncio  # takes long to import, and the parser of every command imports this module
 
     status = asyncio.run(serve(server_options, client, announce))

@@ -20,7 +20,7 @@ from graphserve.compiler.warmup_report import WarmupReport
 from graphserve.config import EngineConfig
 from graphserve.errors import ConfigError
 from graphserve.kernels.cpu import CppKernel, compile_missing, compiler, stored_libraries
-from graphserve.kernels.cpu.isa import ISA_LEVELS, isa_level
+from graphserve.kernels.cpu.isa import ISA_LEVELS, check_compilable, isa_level
 from graphserve.kernels.triton.compile_jobs import compile_in_processes, default_jobs
 from graphserve.kernels.triton.compiled import TRITON_VERSION, find_compiled, installed_version
 from graphserve.kernels.triton.kernel import TARGETS as GPU_TARGETS
@@ -108,11 +108,13 @@ def check_target(target: str) -> None:
     """Refuse an unknown target.
 
     Raises:
-        ConfigError: with the targets that are known.
+        ConfigError: with the targets that are known; or it is an ISA level of another kind of machine.
     """
     known = ["cpu", *(f"cpu:{level}" for level in ISA_LEVELS), *GPU_TARGETS]
     if target not in known:
         raise ConfigError(f"target {target!r} is unknown: use one of {', '.join(known)}")
+    if target.startswith("cpu:"):
+        check_compilable(target.removeprefix("cpu:"))
 
 
 def _check_measure(config: EngineConfig, targets: Sequence[str]) -> None:

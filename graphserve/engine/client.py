@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from graphserve import errors, progress
+from graphserve.engine.child import EngineChild
 from graphserve.engine.messages import (
     HEADER,
     AbortRequests,
@@ -35,11 +33,13 @@ from graphserve.engine.messages import (
     Shutdown,
     StartEngine,
     StepOutputs,
+    TokenizerSource,
     encode_frame,
     frame_length,
 )
 from graphserve.engine.request_stream import RequestFailedError, RequestStream
 from graphserve.errors import EngineDeadError, GraphserveError, RequestError
+from graphserve.progress import PhaseEvent
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class EngineClient:
 
     Args:
         config: fields of ``EngineConfig`` as plain data.
-        command: how to start the process; the number of its socket is appended.
+        command: how to start the process (see :class:`~graphserve.engine.child.EngineChild`).
         restart_pauses_s: pause before each restart; their number bounds the restarts.
     """
 
@@ -74,7 +74,9 @@ class EngineClient:
         self.num_submitted = 0  # engine requests, over all processes
         self._info: EngineInfo | None = None
         self._streams: dict[str, RequestStream] = {}
-        self._process: subprocess.Popen[bytes] | None = None
+        self._phases: dict[str, tuple[PhaseEvent, float]] = {}  # phases that have not ended: last event, and when
+        self._child: EngineChild | None = None
+        self._spawned: socket.socket | None = None  # to a process that spawn() started and nobody listens to yet
         self._writer: asyncio.StreamWriter | None = None
         self._reader: asyncio.StreamReader | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -98,7 +100,7 @@ class EngineClient:
     @property
     def process_id(self) -> int | None:
         """Operating-system id of the running engine process."""
-        return self._process.pid if self._process is not None else None
+        return self._child.pid if self._child is not None else None
 
     @property
     def total_stats(self) -> EngineStats:
@@ -110,13 +112,24 @@ class EngineClient:
         """Requests submitted and not yet ended."""
         return len(self._streams)
 
-    async def start(self) -> EngineInfo:
-        """Start the process and wait until it takes requests.
+    def spawn(self) -> None:
+        """Begin :meth:`start` outside of an event loop: the process loads while this one still imports.
+
+        Raises:
+            EngineDeadError: the process cannot be started.
+        """
+        self._spawned = self._new_child()
+
+    async def start(self, on_tokenizer: Callable[[TokenizerSource], None] = lambda source: None) -> EngineInfo:
+        """Start the process, unless :meth:`spawn` did, and wait until it takes requests.
+
+        Args:
+            on_tokenizer: told where this process has its tokenizer from, while the engine loads.
 
         Raises:
             GraphserveError: the error that kept it from starting, of its original class.
         """
-        info = await self._launch()
+        info = await self._launch(on_tokenizer)
         self._watcher = asyncio.create_task(self._watch(), name="engine watcher")
         return info
 
@@ -150,34 +163,38 @@ class EngineClient:
     async def shutdown(self, is_forced: bool = False) -> None:
         """Stop the process: politely, or by a kill when ``is_forced`` or it does not go within 10 s."""
         self.state = "stopped"
-        process = self._process
-        if process is not None and process.poll() is None:
+        if self._child is not None:
             if not is_forced:
                 self._send(Shutdown())
-            if is_forced or not await _wait(process, STOP_TIMEOUT_S):
-                process.kill()
-                await _wait(process, STOP_TIMEOUT_S)
+            await self._end(self._child, 0.0 if is_forced else STOP_TIMEOUT_S)
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.wait([self._watcher])
         self._close_socket()
         self._fail_streams("the server is shutting down")
 
-    async def _launch(self) -> EngineInfo:
-        """Start one process and play the handshake: configuration → phases → ready."""
+    def _new_child(self) -> socket.socket:
+        """Start a process that loads the configuration; returns our end of the connection."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            command = [*self._command, str(theirs.fileno())]
-            # stdout is for answers of this program only; whatever the engine prints goes to stderr.
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2, env=_environment()
-            )
-        self._reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._send(StartEngine(self._config))
+        try:
+            with theirs:
+                self._child = EngineChild(self._command, theirs.fileno())
+            ours.sendall(encode_frame(StartEngine(self._config)))
+        except OSError as error:
+            ours.close()
+            raise EngineDeadError(f"the engine process cannot be started: {error}") from error
+        return ours
+
+    async def _launch(self, on_tokenizer: Callable[[TokenizerSource], None] = lambda source: None) -> EngineInfo:
+        """Play the handshake with a new process: configuration → tokenizer and phases → ready."""
+        sock, self._spawned = self._spawned or self._new_child(), None
+        self._reader, self._writer = await asyncio.open_connection(sock=sock)
         while True:
             match await self._receive():
                 case Progressed(event=event):
-                    progress.emit(event)
+                    self._replay(event)
+                case TokenizerSource() as source:
+                    on_tokenizer(source)
                 case EngineReady(info=info, stats=stats):
                     self._info, self.stats, self.state = info, stats, "ready"
                     return info
@@ -186,8 +203,7 @@ class EngineClient:
                     logger.debug("engine process: %s", failed.traceback)
                     raise _original_error(failed)
                 case None:
-                    status = await self._reap()
-                    raise EngineDeadError(f"the engine process ended while it loaded (exit status {status})")
+                    raise EngineDeadError(f"the engine process ended while it loaded ({await self._reap()})")
 
     async def _watch(self) -> None:
         """Serve the running process; when it is gone, restart it."""
@@ -198,8 +214,8 @@ class EngineClient:
             if self.state == "stopped":
                 return
             self.state = "restarting"
-            status = await self._reap()
-            cause = cause or f"exit status {status}"
+            how = await self._reap()
+            cause = cause or how
             logger.error("the engine process ended (%s); %d requests failed", cause, len(self._streams))
             self._fail_streams(f"the engine process ended ({cause})")
             if time.monotonic() - began > STABLE_AFTER_S:
@@ -240,7 +256,7 @@ class EngineClient:
                         else:
                             stream.fail(RequestFailedError(ended.message))
                 case Progressed(event=event):
-                    progress.emit(event)
+                    self._replay(event)
                 case EngineFailed() as failed:
                     logger.error("engine process: %s", failed.traceback)
                     return f"{failed.kind}: {failed.message}"
@@ -267,36 +283,41 @@ class EngineClient:
         self._stats_before = self.total_stats
         self.stats = EngineStats()
 
-    async def _reap(self) -> int | None:
-        """Make sure the process is gone; returns its exit status."""
+    async def _reap(self) -> str:
+        """Make sure that the process is gone; returns how it ended."""
+        assert self._child is not None
         self._close_socket()
-        process = self._process
-        if process is None:
-            return None
-        if not await _wait(process, STOP_TIMEOUT_S):
-            process.kill()
-            await _wait(process, STOP_TIMEOUT_S)
-        return process.returncode
+        await self._end(self._child, STOP_TIMEOUT_S)
+        return self._child.how_it_ended
+
+    async def _end(self, child: EngineChild, patience_s: float) -> None:
+        """Wait for a process that should end, then kill it."""
+        if not await child.wait(patience_s):
+            child.kill()
+            await child.wait(STOP_TIMEOUT_S)
+        self._fail_phases()
+
+    def _replay(self, event: PhaseEvent) -> None:
+        """Report a phase of the process as one of this process."""
+        if event.state in ("begin", "advance"):
+            self._phases[event.name] = (event, time.monotonic())
+        else:
+            self._phases.pop(event.name, None)
+        progress.emit(event)
+
+    def _fail_phases(self) -> None:
+        """Report the end of what a process that is gone was doing."""
+        phases, self._phases = self._phases, {}
+        for event, at in reversed(phases.values()):  # the innermost first
+            seconds = event.seconds + time.monotonic() - at
+            note = "the engine process ended"
+            progress.emit(msgspec.structs.replace(event, state="fail", seconds=seconds, note=note))
 
     def _close_socket(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-def _environment() -> dict[str, str]:
-    """This process's environment, in which the engine process imports the same graphserve from any folder."""
-    root = str(Path(__file__).resolve().parents[2])
-    inherited = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{inherited}" if inherited else root}
-
-
-async def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
-    """Whether the process ended within ``timeout_s``."""
-    try:
-        await asyncio.to_thread(process.wait, timeout_s)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+        if self._spawned is not None:
+            self._spawned.close()
 
 
 def _original_error(failed: EngineFailed) -> GraphserveError:

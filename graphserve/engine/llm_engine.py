@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from graphserve.config import EngineConfig
 from graphserve.engine.engine_core import EngineCore, EngineCoreStats
@@ -14,7 +15,7 @@ from graphserve.engine.make_executor import make_executor
 from graphserve.engine.output_processor import OutputProcessor
 from graphserve.engine.scheduler import SchedulerLimits
 from graphserve.errors import ConfigError, EngineDeadError, RequestError
-from graphserve.models.generation_config import SAMPLING_KEYS, GenerationDefaults
+from graphserve.models.generation_config import GenerationDefaults, override
 from graphserve.outputs import RequestOutput
 from graphserve.runtime.kv_pool_size import KVPoolRequirements, plan_num_blocks
 from graphserve.runtime.memory_plan import PROMPT_LOGPROBS_ROWS
@@ -51,7 +52,7 @@ class LLMEngine:
         generation: GenerationDefaults,
         pool_bytes: int,
     ) -> None:
-        generation = _override(generation, config.override_generation_config)
+        generation = override(generation, config.override_generation_config)
         limits = SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.token_budget(max_model_len),
@@ -102,15 +103,21 @@ class LLMEngine:
 
     @classmethod
     def from_loaded(cls, config: EngineConfig, loaded: LoadedModel) -> LLMEngine:
-        """An engine for a model that is loaded already; takes over its runner."""
-        return cls(
-            config,
-            make_executor(config, loaded.model_runner),
-            loaded.tokenizer,
-            loaded.max_model_len,
-            loaded.generation_defaults,
-            loaded.memory.kv_bytes,
-        )
+        """An engine for a loaded model. Takes over its runner, and closes it if no engine comes of it."""
+        with ExitStack() as undo:
+            undo.callback(loaded.model_runner.close)
+            executor = make_executor(config, loaded.model_runner)
+            undo.callback(executor.close)
+            engine = cls(
+                config,
+                executor,
+                loaded.tokenizer,
+                loaded.max_model_len,
+                loaded.generation_defaults,
+                loaded.memory.kv_bytes,
+            )
+            undo.pop_all()
+        return engine
 
     def add_request(
         self, request_id: str, prompt: Prompt | ProcessedInput, params: SamplingParams | None = None
@@ -260,17 +267,3 @@ class LLMEngine:
         if self._core is None:
             raise EngineDeadError("the engine is closed: make a new one")
         return self._core
-
-
-def _override(generation: GenerationDefaults, changes: dict[str, Any]) -> GenerationDefaults:
-    """Generation defaults with some values replaced; ``changes`` has the names of generation_config.json."""
-    sampling, eos = dict(generation.sampling), generation.eos_token_ids
-    for key, value in changes.items():
-        if key == "eos_token_id":
-            eos = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        elif key in SAMPLING_KEYS:
-            sampling[SAMPLING_KEYS[key]] = value
-        else:
-            allowed = ", ".join(["eos_token_id", *SAMPLING_KEYS])
-            raise ConfigError(f"override_generation_config has {key}={value!r}: allowed are {allowed}")
-    return GenerationDefaults(eos, sampling)

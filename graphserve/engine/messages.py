@@ -49,16 +49,30 @@ class Shutdown(msgspec.Struct, tag=True):
 ToEngine = StartEngine | AddRequest | AbortRequests | Shutdown
 
 
-class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts about the loaded model that the API process needs.
+class ConvertedTokenizer(msgspec.Struct, frozen=True):
+    """A tokenizer that transformers made: what the tokenizers library reads, and what a ``Tokenizer`` holds besides."""
 
-    ``tokenizer_path``: the folder with its tokenizer, None when the engine runs without one. ``max_logprobs``: -1 for
-    no limit. ``compile_cache``: where the engine found or put a converted tokenizer.
+    json: str
+    special_tokens: dict[str, str]
+    chat_templates: dict[str, str]
+
+
+class TokenizerSource(msgspec.Struct, frozen=True, tag=True):
+    """What the API process makes its own tokenizer of, which never takes transformers. Sent once, before EngineReady.
+
+    A folder with ``tokenizer.json`` is named before the engine loads anything, so that both processes read it
+    meanwhile. A converted tokenizer comes when the engine has it. Neither: the engine runs without a tokenizer.
     """
+
+    folder: str | None = None
+    converted: ConvertedTokenizer | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts about the loaded model that the API process needs. ``max_logprobs``: -1 for no limit."""
 
     model: str
     served_model_names: list[str]
-    tokenizer_path: str | None
     max_model_len: int
     max_num_seqs: int
     max_logprobs: int
@@ -66,7 +80,6 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size: int
     default_sampling_params: dict[str, Any]
-    compile_cache: str | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,7 +181,7 @@ class RequestEnded(msgspec.Struct, tag=True):
     is_client_error: bool
 
 
-FromEngine = Progressed | EngineReady | EngineFailed | StepOutputs | RequestEnded
+FromEngine = Progressed | TokenizerSource | EngineReady | EngineFailed | StepOutputs | RequestEnded
 
 MessageT = TypeVar("MessageT")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,16 @@ import msgspec
 
 from graphserve import progress
 from graphserve.config import EngineConfig
-from graphserve.engine.messages import AddRequest, EngineInfo, EngineStats, OutputDelta, RequestEnded
+from graphserve.engine.early_checks import find_model
+from graphserve.engine.messages import (
+    AddRequest,
+    ConvertedTokenizer,
+    EngineInfo,
+    EngineStats,
+    OutputDelta,
+    RequestEnded,
+    TokenizerSource,
+)
 from graphserve.models.hub import resolve_model
 from graphserve.outputs import RequestOutput
 from graphserve.sampling_params import SamplingParams
@@ -17,6 +27,7 @@ from graphserve.startup import import_turn, without_collector
 
 if TYPE_CHECKING:
     from graphserve.engine.llm_engine import LLMEngine
+    from graphserve.models.tokenizer import Tokenizer
 
 
 class ServedEngine:
@@ -89,8 +100,6 @@ def _info(engine: LLMEngine) -> EngineInfo:
     return EngineInfo(
         model=config.model,
         served_model_names=[names] if isinstance(names, str) else names,
-        compile_cache=config.compile_cache,
-        tokenizer_path=None if engine.tokenizer is None else str(_tokenizer_folder(config)),
         max_model_len=engine.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_logprobs=config.max_logprobs,
@@ -99,15 +108,6 @@ def _info(engine: LLMEngine) -> EngineInfo:
         block_size=config.block_size,
         default_sampling_params=changed_fields(engine.default_sampling_params()),
     )
-
-
-def _tokenizer_folder(config: EngineConfig) -> Path:
-    """Where the engine found its tokenizer; by now everything from the hub is in the local cache."""
-    return _find(config.tokenizer, None, config) if config.tokenizer else _find(config.model, config.revision, config)
-
-
-def _find(name: str, revision: str | None, config: EngineConfig) -> Path:
-    return resolve_model(name, revision, config.download_dir, config.hf_token, progress.byte_reporter())
 
 
 def changed_fields(params: SamplingParams) -> dict[str, Any]:
@@ -119,18 +119,45 @@ def changed_fields(params: SamplingParams) -> dict[str, Any]:
     }
 
 
-def load_engine(config: dict[str, Any]) -> ServedEngine:
+def load_engine(config: dict[str, Any], send_tokenizer: Callable[[TokenizerSource], None]) -> ServedEngine:
     """Load and compile the model that ``config`` (fields of ``EngineConfig``) describes.
+
+    Args:
+        send_tokenizer: called once, as soon as it is known where the API process has its tokenizer from.
 
     Raises:
         GraphserveError: it cannot be loaded or compiled.
     """
     options = EngineConfig.from_kwargs(**config)
-    # First of all: a name that does not exist is reported, and a download seen, before torch has been imported.
-    _find(options.model, options.revision, options)
+    # First of all: what is wrong with the options is reported, and a download seen, before torch has been imported.
+    source = _early_source(options, find_model(options, progress.byte_reporter()))
+    if source is not None:
+        send_tokenizer(source)
     with without_collector():
-        with import_turn():
+        with progress.phase("import torch"), import_turn():
+            # The engine needs them; here their import has a phase of its own.
+            import graphserve.engine.model_executor
             import graphserve.runtime.load  # noqa: F401
         from graphserve.engine.llm_engine import LLMEngine
 
-        return ServedEngine(LLMEngine.from_config(options))
+        engine = LLMEngine.from_config(options)
+    if source is None:
+        assert engine.tokenizer is not None
+        send_tokenizer(TokenizerSource(converted=converted_tokenizer(engine.tokenizer)))
+    return ServedEngine(engine)
+
+
+def _early_source(options: EngineConfig, model: Path) -> TokenizerSource | None:
+    """Where the tokenizer is, if it is there already: not one that has to be converted."""
+    if options.skip_tokenizer_init:
+        return TokenizerSource()
+    folder = model
+    if options.tokenizer is not None:
+        reporter = progress.byte_reporter()
+        folder = resolve_model(options.tokenizer, None, options.download_dir, options.hf_token, reporter)
+    return TokenizerSource(str(folder)) if (folder / "tokenizer.json").is_file() else None
+
+
+def converted_tokenizer(tokenizer: Tokenizer) -> ConvertedTokenizer:
+    """A tokenizer as a message."""
+    return ConvertedTokenizer(tokenizer.backend.to_str(), tokenizer.special_tokens, tokenizer.chat_templates)

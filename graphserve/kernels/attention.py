@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphserve.kernels.attention_parts import AttentionShape
 from graphserve.kernels.quantize import fake_quantized_rows, quantize_rows
 from graphserve.kernels.registry import register
-
-# Scores in memory at a time (256 MiB, a few times over), so that a long prompt can run where no kernel was built.
-_MAX_SCORES = 1 << 26
 
 
 def visible_keys(query_positions: Tensor, key_positions: Tensor, window: int, chunk: int, causal: bool) -> Tensor:
@@ -42,7 +40,7 @@ def attend(
     softcap: float,
     causal: bool,
 ) -> Tensor:
-    """Attention of one sequence in fp32 with the whole score matrix in memory.
+    """Attention of one sequence in fp32 with the whole score matrix in memory, twice at most.
 
     Args:
         q: ``[Q, Hq, Dk]``.
@@ -61,21 +59,20 @@ def attend(
         ``[Q, Hq, Dv]`` fp32; a query that sees no key gets zeros.
     """
     groups = q.shape[1] // k.shape[1]
-    keys = k.float().repeat_interleave(groups, dim=1)
-    values = v.float().repeat_interleave(groups, dim=1)
     key_positions = torch.arange(k.shape[0], device=k.device)
-    scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * scale
+    grouped = q.float().unflatten(1, (-1, groups))  # [Q, Hkv, groups, Dk]: query heads that share a key head
+    scores = torch.einsum("qhgd,khd->hgqk", grouped, k.float()).flatten(0, 1).mul_(scale)  # [Hq, Q, K]
     if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
+        scores.div_(softcap).tanh_().mul_(softcap)
     if alibi is not None:
-        distance = key_positions[None, :] - query_positions[:, None]
-        scores = scores + alibi.float()[:, None, None] * distance
-    scores = scores.masked_fill(~visible_keys(query_positions, key_positions, window, chunk, causal), float("-inf"))
+        scores.addcmul_(alibi.float()[:, None, None], (key_positions[None, :] - query_positions[:, None]).float())
+    scores.masked_fill_(~visible_keys(query_positions, key_positions, window, chunk, causal), float("-inf"))
     if sinks is not None:
         extra = sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
         scores = torch.cat((scores, extra), dim=-1)
-    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)[..., : k.shape[0]]
-    return torch.einsum("hqk,khd->qhd", weights, values)
+    weights = torch.softmax(scores, dim=-1).nan_to_num_(0.0)[..., : k.shape[0]].unflatten(0, (-1, groups))
+    result = torch.einsum("hgqk,khd->hgqd", weights, v.float())  # heads first: in another order it copies the weights
+    return result.flatten(0, 1).transpose(0, 1)
 
 
 def paged_attention(
@@ -95,8 +92,9 @@ def paged_attention(
 ) -> Tensor:
     """Attention of every query token over its own sequence's cached keys and values (already written).
 
-    Query j of sequence s stands at position ``seq_lens[s] - query_len[s] + j``. This reference gathers each context
-    and is the oracle of the generated kernels, which do not gather.
+    Query j of sequence s stands at position ``seq_lens[s] - query_len[s] + j``. This reference gathers each context,
+    by parts of :class:`~graphserve.kernels.attention_parts.AttentionShape`, and is the oracle of the generated kernels,
+    which do not gather.
 
     Args:
         q: ``[T, Hq, Dk]``.
@@ -116,8 +114,9 @@ def paged_attention(
     Returns:
         ``[T, Hq*Dv]`` in ``q.dtype``; zeros for tokens from ``query_start_loc[-1]`` on.
     """
-    rule = (sinks, alibi, scale, window, chunk, softcap, causal)
-    return _attend_paged(q, kv_k, kv_v, block_table, query_start_loc, seq_lens, 1.0, 1.0, *rule).to(q.dtype)
+    where = (block_table, query_start_loc, seq_lens)
+    rule = (scale, window, chunk, softcap, causal)
+    return _attend_paged(q, kv_k, kv_v, *where, 1.0, 1.0, q.dtype, sinks, alibi, *rule)
 
 
 def paged_attention_quant(
@@ -165,8 +164,9 @@ def paged_attention_quant(
     """
     k_factor = 1.0 if k_scale is None else k_scale.item()
     v_factor = 1.0 if v_scale is None else v_scale.item()
-    rule = (sinks, alibi, scale, window, chunk, softcap, causal)
-    out = _attend_paged(q, kv_k, kv_v, block_table, query_start_loc, seq_lens, k_factor, v_factor, *rule)
+    where = (block_table, query_start_loc, seq_lens)
+    rule = (scale, window, chunk, softcap, causal)
+    out = _attend_paged(q, kv_k, kv_v, *where, k_factor, v_factor, torch.float32, sinks, alibi, *rule)
     if out_scale is None:
         return out.to(out_dtype)
     out = out / out_scale
@@ -185,25 +185,40 @@ def _attend_paged(
     seq_lens: Tensor,
     k_factor: float,
     v_factor: float,
+    dtype: torch.dtype,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
     *rule: Any,
 ) -> Tensor:
-    """``[T, Hq*Dv]`` fp32."""
-    heads, v_dim, block_size = q.shape[1], kv_v.shape[3], kv_k.shape[2]
-    out = torch.zeros((q.shape[0], heads * v_dim), dtype=torch.float32, device=q.device)
+    """``[T, Hq*Dv]`` in ``dtype``, key heads and queries of each sequence by parts."""
+    shape = AttentionShape(q.shape[1], kv_k.shape[1], kv_k.shape[3], kv_v.shape[3])
+    groups = shape.num_heads // shape.num_kv_heads
+    out = torch.zeros((q.shape[0], shape.num_heads, shape.v_dim), dtype=dtype, device=q.device)
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     for s, seq_len in enumerate(lens):
         first, last = starts[s], starts[s + 1]
         if first == last:
             continue
-        blocks = block_table[s, : -(-seq_len // block_size)].long()
-        k = kv_k[blocks].transpose(1, 2).reshape(-1, kv_k.shape[1], kv_k.shape[3])[:seq_len].float() * k_factor
-        v = kv_v[blocks].transpose(1, 2).reshape(-1, kv_v.shape[1], v_dim)[:seq_len].float() * v_factor
+        blocks = block_table[s, : -(-seq_len // kv_k.shape[2])].long()
         positions = torch.arange(seq_len - (last - first), seq_len, device=q.device)
-        num_rows = max(1, _MAX_SCORES // (heads * seq_len))
-        parts = (tensor.split(num_rows) for tensor in (q[first:last], positions, out[first:last]))
-        for queries, where, result in zip(*parts, strict=True):
-            result.copy_(attend(queries, k, v, where, *rule).flatten(1))
-    return out
+        part = shape.part(last - first, seq_len)
+        for kv_head in range(0, shape.num_kv_heads, part.num_kv_heads):
+            kv_heads = slice(kv_head, kv_head + part.num_kv_heads)
+            heads = slice(kv_heads.start * groups, kv_heads.stop * groups)
+            k = _context(kv_k[:, kv_heads], blocks, k_factor)[:seq_len]
+            v = _context(kv_v[:, kv_heads], blocks, v_factor)[:seq_len]
+            of_heads = (None if sinks is None else sinks[heads], None if alibi is None else alibi[heads])
+            parts = (x.split(part.num_queries) for x in (q[first:last, heads], positions, out[first:last, heads]))
+            for queries, where, result in zip(*parts, strict=True):
+                result.copy_(attend(queries, k, v, where, *of_heads, *rule))
+            del k, v  # before those of the next heads are made
+    return out.flatten(1)
+
+
+def _context(cache: Tensor, blocks: Tensor, factor: float) -> Tensor:
+    """``[len(blocks) * block_size, H, D]`` fp32 of a cache ``[num_blocks, H, block_size, D]``."""
+    rows = cache[blocks].transpose(1, 2).float().flatten(0, 1)
+    return rows if factor == 1.0 else rows.mul_(factor)
 
 
 def packed_attention(

@@ -17,7 +17,14 @@ import tokenizers
 from graphserve.artifacts import ArtifactStore, open_store
 from graphserve.errors import ConfigError, RequestError
 from graphserve.models.chat_template_files import read_chat_templates, resolve_chat_template
-from graphserve.models.converted_tokenizer import conversion_factors, load_converted, save_converted
+from graphserve.models.converted_tokenizer import (
+    Converted,
+    conversion_factors,
+    convert_sentencepiece,
+    find_sentencepiece,
+    save_converted,
+    stored_conversion,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,10 +173,10 @@ def load_tokenizer(
             "and token ids as prompts"
         )
     store = store if store is not None else open_store()
-    converted = load_converted(store, folder)
+    converted = _load_converted(store, folder)
     if converted is None:
         with store.lock("tokenizer", conversion_factors(folder)):
-            converted = load_converted(store, folder)
+            converted = _load_converted(store, folder)
             if converted is None:
                 store.begin_build(f"the converted tokenizer of {folder}")
                 converted = _convert_folder(folder, present)
@@ -215,26 +222,38 @@ def _load_native(folder: Path, replaced_templates: Mapping[str, str]) -> Tokeniz
     return Tokenizer(backend, named, templates)
 
 
-def _convert_folder(folder: Path, present: list[str]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    from transformers import AutoTokenizer, LlamaTokenizer
-
-    logger.info("%s has no tokenizer.json: converting %s", folder, present[0])
-    loaded = _convert(AutoTokenizer, folder, present)
-    if (folder / "tokenizer.model").is_file() and not _agrees_with_sentencepiece(loaded, folder):
-        # For some model types AutoTokenizer ignores the class that the checkpoint names and drops the leading space.
-        loaded = _convert(LlamaTokenizer, folder, present)
-        if not _agrees_with_sentencepiece(loaded, folder):
-            raise ConfigError(
-                f"{folder}: transformers' conversion of tokenizer.model gives other ids than sentencepiece: give a "
-                "checkpoint with tokenizer.json"
-            )
-    special = {key: str(value) for key, value in loaded.special_tokens_map.items() if isinstance(value, str)}
-    return loaded.backend_tokenizer, special
-
-
-def _convert(loader: Any, folder: Path, present: list[str]) -> PreTrainedTokenizerBase:
+def _load_converted(store: ArtifactStore, folder: Path) -> Converted | None:
+    """The stored conversion of a folder's tokenizer, or None."""
+    stored = stored_conversion(store, folder)
+    if stored is None:
+        return None
+    text, special = stored
     try:
-        loaded: PreTrainedTokenizerBase = loader.from_pretrained(str(folder), trust_remote_code=False)
+        return tokenizers.Tokenizer.from_str(text), special
+    except Exception as error:  # the library raises bare Exception for whatever it does not know
+        reader = f"tokenizers {tokenizers.__version__}"
+        logger.warning("the stored tokenizer of %s counts as missing, %s cannot read it: %s", folder, reader, error)
+        return None
+
+
+def _convert_folder(folder: Path, present: list[str]) -> Converted:
+    logger.info("%s has no tokenizer.json: converting %s", folder, present[0])
+    loaded = _load_by_transformers(folder, present)
+    backend: tokenizers.Tokenizer = loaded.backend_tokenizer
+    config = _read_json(folder / "tokenizer_config.json")
+    sentencepiece = find_sentencepiece(folder, config)
+    if sentencepiece is not None:
+        # Without "legacy": False, the default of transformers 5.
+        backend = convert_sentencepiece(folder, backend, sentencepiece, is_legacy=bool(config.get("legacy")))
+    special = {key: str(value) for key, value in loaded.special_tokens_map.items() if isinstance(value, str)}
+    return backend, special
+
+
+def _load_by_transformers(folder: Path, present: list[str]) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
         needs = "; sentencepiece models need: pip install 'graphserve[sentencepiece]'"
         raise ConfigError(
@@ -247,19 +266,6 @@ def _convert(loader: Any, folder: Path, present: list[str]) -> PreTrainedTokeniz
             "with tokenizer.json"
         )
     return loaded
-
-
-def _agrees_with_sentencepiece(loaded: PreTrainedTokenizerBase, folder: Path) -> bool:
-    """Whether a conversion encodes plain words as the sentencepiece model itself does (True when it is not one)."""
-    try:
-        import sentencepiece
-
-        model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    except (ImportError, RuntimeError, OSError):
-        return True
-    return all(
-        loaded.encode(probe, add_special_tokens=False) == model.encode(probe) for probe in ("Hello", "the end", "é1")
-    )
 
 
 def _content(token: Any) -> str | None:

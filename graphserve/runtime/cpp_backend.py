@@ -15,6 +15,7 @@ from graphserve.kernels.cpu import (
     ArgSpec,
     CompiledSequence,
     CppKernel,
+    Library,
     Refusal,
     build,
     generate,
@@ -56,6 +57,10 @@ class KernelPlan(msgspec.Struct):
     kernels: dict[int, CppKernel]
     refusals: dict[int, str]
     packed: set[str]
+
+    def distinct_kernels(self) -> list[CppKernel]:
+        """Each kernel once, however many launches share it."""
+        return list({kernel.key: kernel for kernel in self.kernels.values()}.values())
 
 
 def lower_to_cpp(plan: Plan, kv_cache: KVCache, isa: str | None = None, deterministic: bool = False) -> KernelPlan:
@@ -160,6 +165,21 @@ def _generate(
     return generate(op, attrs, args, [s for s in outputs if s is not None], isa)
 
 
+def build_library(kernel_plan: KernelPlan, store: ArtifactStore) -> Library:
+    """The compiled kernels of a plan: those that the store lacks are built now.
+
+    Raises:
+        CompileError: a kernel is not in the store and cannot be compiled.
+    """
+    with phase("compile C++ kernels", unit="libraries") as work:
+        kernels = kernel_plan.distinct_kernels()
+        library = build(kernels, store, lambda done, total, name: work.advance())
+        work.note = f"{len(kernels)} kernels for {len(kernel_plan.kernels)} launches"
+        if library.misses:
+            work.note += f"; {library.reasons}; built {len(library.misses)} libraries"
+    return library
+
+
 class _Call:
     """A bound kernel, waiting to be merged with its neighbours."""
 
@@ -177,6 +197,7 @@ class CppBackend:
         kernel_plan: from :func:`lower_to_cpp`.
         weights: the runner's weights; packed ones are replaced by shapes without data.
         store: where compiled libraries are kept.
+        library: the plan's kernels; by default they are taken from the store or built.
 
     Attributes:
         table_lens: row length of each cache group's block table.
@@ -186,24 +207,24 @@ class CppBackend:
         CompileError: a kernel is not in the store and cannot be compiled.
     """
 
-    def __init__(self, kernel_plan: KernelPlan, weights: dict[str, torch.Tensor], store: ArtifactStore) -> None:
-        self.replace_kernels(kernel_plan, store)
+    def __init__(
+        self,
+        kernel_plan: KernelPlan,
+        weights: dict[str, torch.Tensor],
+        store: ArtifactStore,
+        library: Library | None = None,
+    ) -> None:
+        self.replace_kernels(kernel_plan, library or build_library(kernel_plan, store))
         with phase("pack weights"):
             self._packed = self._pack(weights)
         self.table_lens: list[int] = []
         self.choices = MeasuredChoices()
 
-    def replace_kernels(self, kernel_plan: KernelPlan, store: ArtifactStore) -> None:
+    def replace_kernels(self, kernel_plan: KernelPlan, library: Library) -> None:
         """Use other kernels for the same weights (another block size)."""
         self._kernel_plan = kernel_plan
-        with phase("compile C++ kernels", unit="libraries") as work:
-            distinct = {k.key: k for k in kernel_plan.kernels.values()}
-            self._library = build(list(distinct.values()), store, lambda done, total, name: work.advance())
-            work.note = f"{len(distinct)} kernels for {len(kernel_plan.kernels)} launches"
-            if misses := self._library.misses:
-                reasons = ", ".join(dict.fromkeys(misses))
-                work.note += f"; {reasons}; built {len(misses)} libraries"
-        self._functions = {k.symbol: self._library.function_pointer(k.symbol) for k in distinct.values()}
+        self._library = library
+        self._functions = {k.symbol: library.function_pointer(k.symbol) for k in kernel_plan.distinct_kernels()}
 
     def _pack(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         packed: dict[str, torch.Tensor] = {}

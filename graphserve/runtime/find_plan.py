@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from graphserve import plugins
 from graphserve.artifacts import ArtifactStore
@@ -108,12 +108,14 @@ def find_or_compile(config: EngineConfig, folder: Path, store: ArtifactStore) ->
         checkpoint = Checkpoint.open(folder)
         factors = plan_factors(config, folder, checkpoint)
         found = _stored(store, factors, checkpoint)
-        why = work.note = "found" if found is not None else explain_miss(store, "plan", factors, same=("config",))
-    if found is not None:
+        missing = None if found is not None else _missing(store, factors, config.model)
+        work.note = "found" if missing is None else missing.why
+    if missing is None:
+        assert found is not None
         return found
     with store.lock("plan", factors):
         # Another process may have made it while this one waited.
-        return _stored(store, factors, checkpoint) or _compile_checkpoint(config, folder, store, why)
+        return _stored(store, factors, checkpoint) or _compile_checkpoint(config, folder, store, missing)
 
 
 def find_or_compile_config(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
@@ -121,11 +123,26 @@ def find_or_compile_config(config: EngineConfig, folder: Path, store: ArtifactSt
     factors = plan_factors(config, folder, None)
     with phase("find stored plan") as work:
         found = _stored_config(store, factors)
-        why = work.note = "found" if found is not None else explain_miss(store, "plan", factors, same=("config",))
-    if found is not None:
+        missing = None if found is not None else _missing(store, factors, config.model)
+        work.note = "found" if missing is None else missing.why
+    if missing is None:
+        assert found is not None
         return found
     with store.lock("plan", factors):
-        return _stored_config(store, factors) or _compile_config(config, folder, factors, store, why)
+        return _stored_config(store, factors) or _compile_config(config, folder, factors, store, missing)
+
+
+class _Missing(NamedTuple):
+    """What a start has to build, and why."""
+
+    what: str
+    why: str
+
+
+def _missing(store: ArtifactStore, factors: Mapping[str, Any], model: str) -> _Missing:
+    if store.find("plan", factors) is not None:
+        return _Missing(f"the weight program of {model}", "only the plan is there, or that of another layout")
+    return _Missing(f"the plan of {model}", explain_miss(store, "plan", factors, same=("config",)))
 
 
 def _stored_config(store: ArtifactStore, factors: Mapping[str, Any]) -> ModelPlan | None:
@@ -169,8 +186,8 @@ def compile_model(
     return built
 
 
-def _compile_checkpoint(config: EngineConfig, folder: Path, store: ArtifactStore, why: str) -> ModelPlan:
-    store.begin_build(f"the plan of {config.model}", why)
+def _compile_checkpoint(config: EngineConfig, folder: Path, store: ArtifactStore, missing: _Missing) -> ModelPlan:
+    store.begin_build(*missing)
     _import_transformers()
     with phase("check weights"):
         from graphserve.models.weight_loading import check_checkpoint, foreseen_program, stored_dtype, tied_names
@@ -191,9 +208,9 @@ def _compile_checkpoint(config: EngineConfig, folder: Path, store: ArtifactStore
 
 
 def _compile_config(
-    config: EngineConfig, folder: Path, factors: Mapping[str, Any], store: ArtifactStore, why: str
+    config: EngineConfig, folder: Path, factors: Mapping[str, Any], store: ArtifactStore, missing: _Missing
 ) -> ModelPlan:
-    store.begin_build(f"the plan of {config.model}", why)
+    store.begin_build(*missing)
     _import_transformers()
     from graphserve.models.weight_loading import foreseen_program
 
@@ -226,6 +243,7 @@ def _compile_and_save(
 
 def _import_transformers() -> None:
     with phase("import transformers"):
+        import graphserve.compiler.build  # noqa: F401  (not in the middle of what it is needed for)
         from graphserve.compiler.capture import register_interfaces
 
         register_interfaces()

@@ -16,7 +16,12 @@ import torch
 from graphserve.artifacts import ArtifactStore, open_store
 from graphserve.config import EngineConfig
 from graphserve.errors import ConfigError
-from graphserve.models.generation_config import GenerationDefaults, load_generation_defaults
+from graphserve.kernels import register_all
+from graphserve.models.generation_config import (
+    GenerationDefaults,
+    check_generation_options,
+    load_generation_defaults,
+)
 from graphserve.models.hub import resolve_model
 from graphserve.models.tokenizer import Tokenizer, load_tokenizer
 from graphserve.models.weight_loading import run_program
@@ -62,10 +67,12 @@ def load_model(config: EngineConfig, backend: Backend = "auto") -> LoadedModel:
         CheckpointError: the weights are missing, damaged or of the wrong shape.
         UnsupportedModelError: the model computes something the compiler refuses.
     """
+    check_generation_options(config.generation_config, config.override_generation_config)
     device = pick_device(config)
     store = open_store(config.compile_cache, config.strict_compile_cache)
     with phase("find model"):
         folder = find_model(config)
+    check_generation_options(config.generation_config, config.override_generation_config, folder)
     with ThreadPoolExecutor(1, "tokenizer loader") as beside, ExitStack() as undo:
         tokenizer = None if config.skip_tokenizer_init else _start_tokenizer(config, folder, store, beside)
         runner, plan, memory = _load_runner(config, folder, store, device, backend, tokenizer)
@@ -121,6 +128,8 @@ def _load_runner(
         assert found.weight_program is not None
         parameters = partial(run_program, found.weight_program, folder)
     _raise_if_failed(tokenizer)
+    with phase("register operators"):
+        register_all()
     with phase("plan memory") as work:
         memory = plan_memory(plan, config, *device_memory(device))
         work.note = str(memory)

@@ -22,6 +22,7 @@ from graphserve.runtime.kv_pool_size import (
     max_blocks_in_group,
     plan_num_blocks,
 )
+from graphserve.runtime.plain_torch import plain_sampler_bytes, plain_torch_bytes
 from graphserve.runtime.step_fields import step_bytes
 from graphserve.runtime.step_plan import StepLimits
 
@@ -54,6 +55,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         budget_bytes: what the engine may take in all; what is free where the user set the KV pool's size.
         weight_bytes: weights as they lie in memory, position tables included.
         workspace_bytes: buffers and inputs of the largest step, and the sampler's temporaries.
+        plain_torch_bytes: of a tiered start, until kernels are built; graphs have their place afterwards.
         graph_bytes: kept for captured graphs.
         block_bytes: one block of the KV pool.
         num_blocks: blocks of the pool, null block included.
@@ -64,6 +66,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     budget_bytes: int
     weight_bytes: int
     workspace_bytes: int
+    plain_torch_bytes: int
     graph_bytes: int
     block_bytes: int
     num_blocks: int
@@ -76,14 +79,16 @@ class MemoryPlan(msgspec.Struct, frozen=True):
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.workspace_bytes + self.graph_bytes + self.kv_bytes
+        return self.weight_bytes + self.workspace_bytes + max(self.plain_torch_bytes, self.graph_bytes) + self.kv_bytes
 
     def __str__(self) -> str:
         """One line: ``weights 0.99 GB, KV cache 4.29 GB (...), buffers 0.13 GB; 5.41 of 15.20 GB``."""
         parts = [f"weights {_gb(self.weight_bytes)}", f"KV cache {_gb(self.kv_bytes)} ({self.num_blocks} blocks)"]
         parts.append(f"buffers {_gb(self.workspace_bytes)}")
+        if self.plain_torch_bytes:
+            parts.append(f"plain torch until kernels are built {_gb(self.plain_torch_bytes)}")
         if self.graph_bytes:
-            parts.append(f"graphs {_gb(self.graph_bytes)}")
+            parts.append(f"{'then ' if self.plain_torch_bytes else ''}graphs {_gb(self.graph_bytes)}")
         return f"{', '.join(parts)}; {_gb(self.total_bytes)} of {_gb(self.budget_bytes)}"
 
     def lines(self) -> list[str]:
@@ -114,15 +119,17 @@ def plan_memory(plan: Plan, config: EngineConfig, free_bytes: int, device_bytes:
     longest = int(plan.model["max_model_len"])
     buffers = workspace_bytes if device_bytes is None else device_workspace_bytes
     weights, workspace = weight_bytes(plan), buffers(plan, config, longest)
+    plain_torch = _plain_torch_bytes(plan, config, longest, device_bytes is not None) if config.start == "tiered" else 0
     graphs = GRAPH_BYTES if device_bytes is not None and not config.enforce_eager else 0
     is_pool_given = config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None
     budget = free_bytes
     if device_bytes is not None and not is_pool_given:
         budget = _share_of_device(config.gpu_memory_utilization, free_bytes, device_bytes)
-    left = budget - weights - workspace - graphs
+    left = budget - weights - workspace - max(plain_torch, graphs)
     if left <= 0 and not is_pool_given:
         raise ConfigError(
-            f"the model does not fit: weights {_gb(weights)}, buffers {_gb(workspace)} and graphs {_gb(graphs)} leave "
+            f"the model does not fit: weights {_gb(weights)}, buffers {_gb(workspace)} and graphs {_gb(graphs)} (plain "
+            f"torch until kernels are built: {_gb(plain_torch)}) leave "
             f"nothing of {_gb(budget)} for the KV cache. Free memory, take a smaller or quantized model, lower "
             "max_num_batched_tokens and max_num_seqs, or raise gpu_memory_utilization"
         )
@@ -140,9 +147,8 @@ def plan_memory(plan: Plan, config: EngineConfig, free_bytes: int, device_bytes:
             requirements = _requirements(plan, config, longest)
     num_blocks = plan_num_blocks(requirements, pool, config.num_gpu_blocks_override)
     groups = tuple(_group_memory(group, plan, requirements) for group in plan.cache_groups)
-    return MemoryPlan(
-        budget, weights, workspace, graphs, requirements.block_bytes, num_blocks, longest, groups
-    )  # fmt: skip
+    sizes = (weights, workspace, plain_torch, graphs, requirements.block_bytes)
+    return MemoryPlan(budget, *sizes, num_blocks, longest, groups)
 
 
 def _share_of_device(share: float, free_bytes: int, device_bytes: int) -> int:
@@ -211,6 +217,12 @@ def device_workspace_bytes(plan: Plan, config: EngineConfig, max_model_len: int)
     limits = StepLimits(config.max_num_seqs, rows, NUM_RESULT_SLOTS)
     scratch = rows * int(plan.model["vocab_size"]) * SCRATCH_BYTES_PER_LOGIT
     return step_bytes(plan, limits, table_len, (tokens, rows, seqs)) + scratch
+
+
+def _plain_torch_bytes(plan: Plan, config: EngineConfig, max_model_len: int, on_device: bool) -> int:
+    tokens, rows, _ = largest_step(config, max_model_len, on_device)
+    sampler = plain_sampler_bytes(rows * int(plan.model["vocab_size"])) if on_device else 0
+    return max(plain_torch_bytes(plan, tokens, rows, max_model_len), sampler)
 
 
 def _requirements(plan: Plan, config: EngineConfig, max_model_len: int) -> KVPoolRequirements:

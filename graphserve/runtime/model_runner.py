@@ -11,13 +11,13 @@ import torch
 from graphserve.artifacts import ArtifactStore, open_store
 from graphserve.errors import CompileError, ConfigError
 from graphserve.kernels import register_all
-from graphserve.kernels.cpu import compile_missing, missing_libraries
+from graphserve.kernels.cpu import Library, build, load_stored
 from graphserve.plan.runner import PlanRunner, StepSize
 from graphserve.plan.schema import Plan
 from graphserve.progress import phase
 from graphserve.runtime.background_build import BackgroundBuild
 from graphserve.runtime.choices import MeasuredChoices
-from graphserve.runtime.cpp_backend import CppBackend, lower_to_cpp
+from graphserve.runtime.cpp_backend import CppBackend, KernelPlan, build_library, lower_to_cpp
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.step_input import StepInput
 from graphserve.runtime.weight_memory import NO_COPY, ParameterSource, WeightMemory
@@ -43,7 +43,7 @@ class ModelRunner:
         store: where compiled kernels are kept; the user's cache by default.
         deterministic: a row's logits must not depend on the other rows of its step, bit for bit.
         is_tiered: missing C++ kernels are built in the background, while plain torch runs; the first step after that
-            runs on them.
+            runs on them. Stored ones are used whatever compiler made them.
         choices: how decode steps run fastest, where that was measured.
 
     ``close`` gives all memory back; the runner is then unusable.
@@ -81,10 +81,11 @@ class ModelRunner:
         self._store = store if store is not None else open_store()
         self._backend = backend
         self._is_tiered = is_tiered
-        self._background: BackgroundBuild | None = None
+        self._background: BackgroundBuild[Library] | None = None
         self._deterministic = deterministic
         self._is_cpp = backend != "reference" and self.device.type == "cpu"
         self._is_triton = backend != "reference" and self.device.type == "cuda"
+        self._kernel_plan: KernelPlan | None = None  # what `_cpp` runs, or will once `_background` has built it
         self._cpp: CppBackend | None = None
         self._triton: TritonBackend | None = None
         self._block_table_len = 0
@@ -171,17 +172,14 @@ class ModelRunner:
         assert self.kv_cache is not None
         with phase("generate C++ kernels"):
             kernel_plan = lower_to_cpp(self.plan, self.kv_cache, deterministic=self._deterministic)
-        self._stop_background()
-        if self._is_tiered and self._cpp is None and not self._store.is_strict:
-            kernels = list(kernel_plan.kernels.values())
-            if missing_libraries(kernels, self._store):
-                self._background = BackgroundBuild(partial(compile_missing, kernels, self._store))
-                return
+        if self._background is not None:
+            assert self._kernel_plan is not None
+            if kernel_plan.kernels == self._kernel_plan.kernels:
+                return  # the model woke up: the same kernels are being built already
+            self._stop_background()
+        self._kernel_plan = kernel_plan
         try:
-            if self._cpp is None:
-                self._cpp = CppBackend(kernel_plan, self._weights, self._store)
-            else:
-                self._cpp.replace_kernels(kernel_plan, self._store)
+            library = self._begin_tiered() if self._is_tiered else build_library(kernel_plan, self._store)
         except CompileError as error:
             # Once weights are packed for kernels, plain torch could not read them; nor does it sum in a fixed order.
             if self._backend != "auto" or self._cpp is not None or self._deterministic:
@@ -189,20 +187,51 @@ class ModelRunner:
             logger.warning("plain torch runs instead of generated C++, which is slower: %s", error)
             self._is_cpp = False
             return
+        if library is not None:
+            self._run_on(library)
+
+    def _begin_tiered(self) -> Library | None:
+        """The compiled kernels if they can be had at once; else None, and they are built from now on."""
+        assert self._kernel_plan is not None
+        kernels = self._kernel_plan.distinct_kernels()
+        with phase("find C++ kernels") as work:
+            library = load_stored(kernels, self._store)
+            if not library.misses:
+                return library
+            if self._cpp is None and not self._store.is_strict:
+                self._background = BackgroundBuild(partial(build, kernels, self._store, any_compiler=True))
+                missing, total = len(library.misses), len(library.misses) + len(library.paths)
+                work.note = f"{missing} of {total} libraries are built in the background; {library.reasons}"
+                logger.info(work.note)
+                return None
+        return build_library(self._kernel_plan, self._store)
+
+    def _run_on(self, library: Library) -> None:
+        """Run launches on compiled kernels from now on."""
+        assert self._kernel_plan is not None
+        if self._cpp is None:
+            # Bound launches hold the plain weights, all of which would stay in memory beside the packed ones.
+            self._runner.invalidate()
+            self._cpp = CppBackend(self._kernel_plan, self._weights, self._store, library)
+        else:
+            self._cpp.replace_kernels(self._kernel_plan, library)
         self._cpp.table_lens = [self._block_table_len] * len(self.plan.cache_groups)
         self._cpp.choices = self.choices
-        self._runner.set_plan(kernel_plan.plan, {"cpp": self._cpp})
+        self._runner.set_plan(self._kernel_plan.plan, {"cpp": self._cpp})
 
     def _change_over(self) -> None:
-        """Between two steps: if the kernels of a tiered start are built, run on them from now on."""
+        """Between two steps: if the kernels of a tiered start are built, run on them from now on. Compiles nothing."""
         if self._background is None or not self._background.is_done:
             return
-        error, self._background = self._background.error, None
-        self._is_tiered = False
-        if error is not None:
-            logger.warning("plain torch goes on running instead of generated C++: %s", error)
+        background, self._background = self._background, None
+        if background.result is None:
+            self._is_cpp = False
+            logger.warning(
+                "plain torch goes on running instead of generated C++, which is slower: %s", background.error
+            )
         else:
-            self._use_cpp()
+            self._run_on(background.result)
+            logger.info("generated C++ runs from now on instead of plain torch")
 
     def _stop_background(self) -> None:
         if self._background is not None:

@@ -78,7 +78,7 @@ class TritonLowering:
         self._is_tiered = is_tiered
         self._backend: TritonBackend | None = None
         self._kernels: dict[str, TritonKernel] = {}
-        self._background: BackgroundBuild | None = None
+        self._background: BackgroundBuild[None] | None = None
 
     def lower(self, plans: Sequence[Plan], kv_cache: KVCache, table_len: int) -> list[tuple[Plan, dict[str, Binder]]]:
         overlap = self._target in MEASURED_TARGETS if self._overlap is None else self._overlap

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Protocol
 
 import numpy as np
@@ -142,22 +143,25 @@ class StepPrograms:
         self._num_groups = len(model.cache_groups)
         self._lowering = lowering
         self._recorded: set[tuple[Variant, StepSize]] = set()
+        self._programs: dict[Variant, _Program] = {}
+        self._graphs: StepGraphs | None = None
         steps = [step_plan(model, variant, limits) for variant in VARIANTS]
-        lowered = lowering.lower([step.plan for step in steps], kv_cache, table_len)
         tensors = {**inputs.names, **state}
         tokens, rows, _ = largest
-        # One arena for all variants; it must not grow, and so move, once the first launches are bound.
-        self._arena = Arena(device)
-        self._arena.reserve(arena_bytes(model, limits, tokens, rows))
-        self._programs: dict[Variant, _Program] = {}
-        for step, (plan, binders) in zip(steps, lowered, strict=True):
-            runner = PlanRunner(plan, weights, tensors, inputs.view, device, binders, self._arena)
-            runner.reserve(tokens, rows)
-            self._programs[step.variant] = _Program(step, runner)
-        self._graphs: StepGraphs | None = None
-        if make_graphs is not None:
-            tables = {f"B_{group}": table_len for group in range(self._num_groups)}
-            self._graphs = make_graphs(lambda size: {"T": size[0], "R": size[1], "S": size[2], **tables})
+        with ExitStack() as undo:
+            undo.callback(lowering.close)  # which may have begun to build kernels in the background
+            lowered = lowering.lower([step.plan for step in steps], kv_cache, table_len)
+            # One arena for all variants; it must not grow, and so move, once the first launches are bound.
+            self._arena = Arena(device)
+            self._arena.reserve(arena_bytes(model, limits, tokens, rows))
+            for step, (plan, binders) in zip(steps, lowered, strict=True):
+                runner = PlanRunner(plan, weights, tensors, inputs.view, device, binders, self._arena)
+                runner.reserve(tokens, rows)
+                self._programs[step.variant] = _Program(step, runner)
+            if make_graphs is not None:
+                tables = {f"B_{group}": table_len for group in range(self._num_groups)}
+                self._graphs = make_graphs(lambda size: {"T": size[0], "R": size[1], "S": size[2], **tables})
+            undo.pop_all()
 
     @property
     def arena_bytes(self) -> int:

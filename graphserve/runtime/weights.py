@@ -12,6 +12,7 @@ from graphserve.errors import CheckpointError
 from graphserve.plan.arena import launch_inputs
 from graphserve.plan.runner import run_once, torch_dtype
 from graphserve.plan.schema import Plan, WeightPart, WeightSpec
+from graphserve.progress import phase
 from graphserve.runtime.pinned_copies import PinnedCopies
 
 
@@ -112,8 +113,9 @@ def _run_init(
         return
     length = plan.model["max_model_len"]
     tensors = dict(weights)
-    tensors["positions"] = torch.arange(length, dtype=torch.int64, device=device)[None]
-    run_once(plan.init, tensors, length, device)
-    for name, weight in plan.weights.items():
-        if weight.source == "init":
-            weights[name] = _kept(name, tensors[name].reshape([int(d) for d in weight.spec.shape]), into)
+    with phase("compute position tables"):
+        tensors["positions"] = torch.arange(length, dtype=torch.int64, device=device)[None]
+        run_once(plan.init, tensors, length, device)
+        for name, weight in plan.weights.items():
+            if weight.source == "init":
+                weights[name] = _kept(name, tensors[name].reshape([int(d) for d in weight.spec.shape]), into)

@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
+import tokenizers
 
 from graphserve.artifacts import open_store
-from graphserve.engine.messages import EngineInfo
+from graphserve.engine.messages import TokenizerSource
 from graphserve.errors import RequestError
 from graphserve.models.tokenizer import Tokenizer, load_tokenizer
 from graphserve.server.errors import bad_request
@@ -25,6 +26,22 @@ _NUM_THREADS = 2
 _RESERVED_KWARGS = frozenset(
     ["messages", "add_generation_prompt", "chat_template", "continue_final_message", "tools", "documents"]
 )
+
+
+def make_tokenizer(source: TokenizerSource) -> Tokenizer | None:
+    """This process's own tokenizer, None when the engine runs without one.
+
+    Raises:
+        ConfigError: its files cannot be read.
+        CacheMissError: the folder has lost its tokenizer.json since the engine named it.
+    """
+    if source.converted is not None:
+        backend = tokenizers.Tokenizer.from_str(source.converted.json)
+        return Tokenizer(backend, source.converted.special_tokens, source.converted.chat_templates)
+    if source.folder is None:
+        return None
+    # Strict: this process never converts a tokenizer, which would import transformers and torch.
+    return load_tokenizer(source.folder, store=open_store(is_strict=True))
 
 
 class RenderedPrompt(msgspec.Struct):
@@ -45,14 +62,6 @@ class Renderer:
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="renderer")
-
-    @classmethod
-    def load(cls, info: EngineInfo) -> Renderer:
-        """The renderer of a loaded model."""
-        tokenizer = None
-        if info.tokenizer_path is not None:
-            tokenizer = load_tokenizer(info.tokenizer_path, store=open_store(info.compile_cache))
-        return cls(tokenizer, info.vocab_size)
 
     async def tokenize(
         self, prompts: Sequence[str | list[int]], add_special_tokens: bool, needs_text: bool

@@ -13,12 +13,13 @@ from typing import cast
 from aiohttp import web
 
 from graphserve.engine.client import EngineClient
-from graphserve.engine.messages import EngineInfo
+from graphserve.engine.messages import EngineInfo, TokenizerSource
 from graphserve.errors import ConfigError
+from graphserve.models.tokenizer import Tokenizer
 from graphserve.server.app import make_app
 from graphserve.server.connection_guard import GUARDS, ConnectionGuards
 from graphserve.server.options import ServerOptions
-from graphserve.server.renderer import Renderer
+from graphserve.server.renderer import Renderer, make_tokenizer
 from graphserve.server.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -73,14 +74,19 @@ class Server:
             raise ConfigError(_bind_message(host, port, error)) from error
 
     async def load(self) -> EngineInfo:
-        """Start the engine; the server is ready when this returns.
+        """Start the engine and, beside its load, load this process's tokenizer; the server is ready when this returns.
 
         Raises:
-            GraphserveError: what kept the engine from starting.
+            GraphserveError: what kept one of them from starting.
         """
-        client = self.state.client
-        info = await client.start()
-        self.state.renderer = await asyncio.to_thread(Renderer.load, info)
+        source: asyncio.Future[TokenizerSource] = asyncio.get_running_loop().create_future()
+        starting = asyncio.ensure_future(self.state.client.start(source.set_result))
+        try:
+            info, tokenizer = await asyncio.gather(starting, _load_tokenizer(source))
+        finally:
+            starting.cancel()
+            source.cancel()
+        self.state.renderer = Renderer(tokenizer, info.vocab_size)
         return info
 
     async def wait_for_end(self, stop: asyncio.Event) -> bool:
@@ -119,6 +125,10 @@ class Server:
     def _new_protocol(self) -> asyncio.Protocol:
         assert self._runner.server is not None
         return cast(asyncio.Protocol, self._runner.server())
+
+
+async def _load_tokenizer(source: asyncio.Future[TokenizerSource]) -> Tokenizer | None:
+    return await asyncio.to_thread(make_tokenizer, await source)
 
 
 async def serve(options: ServerOptions, client: EngineClient, on_ready: Callable[[Server, EngineInfo], None]) -> int:

@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from graphserve.artifacts import ArtifactStore
 from graphserve.cli.main import main
@@ -23,6 +25,7 @@ from graphserve.errors import ConfigError
 from graphserve.kernels.cpu import ISA_LEVELS, compiler
 from graphserve.llm import LLM
 from graphserve.runtime.choices import StepChoice
+from graphserve.runtime.find_plan import folder_factors
 from graphserve.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
@@ -162,6 +165,82 @@ def test_check_names_a_library_that_was_deleted(store: Path, tmp_path: Path) -> 
     library = next(a for a in ArtifactStore(part).artifacts("cpp") if a.manifest.factors["family"] == "rope_kv")
     library.folder.rename(tmp_path / "away")
     assert run_warmup(EngineConfig(), part, check=True).missing == [f"C++ library {library.manifest.label}"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/store", "folder.tar.zst", "file/x.tar.zst"])
+def test_a_place_that_keeps_nothing_is_refused_before_anything_is_compiled(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.tar.zst").mkdir()
+    monkeypatch.setattr("graphserve.compiler.warmup._plan", None)  # would be called first
+    assert main(["warmup", "--output", str(tmp_path / name)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_bundle_is_made_where_the_cache_of_the_user_cannot_be_written(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAPHSERVE_CACHE", str(store))
+    assert run_warmup(EngineConfig(), tmp_path / "x.tar.zst").is_complete
+    before = (tmp_path / "x.tar.zst").read_bytes()
+    monkeypatch.setattr(ArtifactStore, "is_writable", property(lambda self: self.root != store))
+    report = run_warmup(EngineConfig(), tmp_path / "x.tar.zst")
+    assert report.is_complete and set(states(report)["cpu"]) == {"stored"}, "what the bundle has was made again"
+    assert (tmp_path / "x.tar.zst").read_bytes() == before
+
+
+def test_a_small_limit_deletes_nothing_of_what_was_made_now(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = copied(store, tmp_path / "cache", without=())
+    other = ArtifactStore(cache).put("plan", {"config": "of another model"}, {"plan.json": b"{}"}, "another plan")
+    monkeypatch.setenv("GRAPHSERVE_CACHE", str(cache))
+    monkeypatch.setenv("GRAPHSERVE_CACHE_LIMIT", "1K")
+    assert run_warmup(EngineConfig()).is_complete and run_warmup(EngineConfig(), check=True).is_complete
+    assert "more than its limit of 1.0 KiB" in caplog.text and not other.folder.exists()
+    monkeypatch.setenv("GRAPHSERVE_CACHE_LIMIT", "1GB")
+    with pytest.raises(ConfigError, match="GRAPHSERVE_CACHE_LIMIT: '1GB' is not a size"):
+        run_warmup(EngineConfig())
+
+
+def test_a_config_without_a_dtype_serves_weights_in_that_of_its_row(tmp_path: Path) -> None:
+    config = json.loads((demo_path() / "config.json").read_text())
+    for name in ("dtype", "torch_dtype"):
+        config.pop(name, None)
+    for folder in ("config", "model"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    alone = EngineConfig(model=str(tmp_path / "config"))
+    row = run_warmup(alone, tmp_path / "store", check=True).rows[0]
+    assert "dtype float32: config.json names none" in row.name
+    for dtype in (torch.float32, torch.bfloat16):
+        save_file(
+            {"x": torch.zeros(4, dtype=dtype), "ids": torch.zeros(9, dtype=torch.int64)},
+            tmp_path / "model" / "model.safetensors",
+        )
+        named = EngineConfig(model=str(tmp_path / "config"), dtype=str(dtype).removeprefix("torch."))
+        with_weights = folder_factors(EngineConfig(model=str(tmp_path / "model")), tmp_path / "model")
+        assert with_weights == folder_factors(named, tmp_path / "config")
+        assert (with_weights == folder_factors(alone, tmp_path / "config")) == (dtype == torch.float32)
+
+
+def test_check_says_that_it_cannot_know_the_kernels_of_a_plan_that_is_gone(store: Path, tmp_path: Path) -> None:
+    part = copied(store, tmp_path / "part", without=("plan",))
+    assert "kernels: which ones follows from the plan" in run_warmup(EngineConfig(), part, check=True).missing
+
+
+@pytest.mark.parametrize(("options", "told"), [(["--target", ""], "target ''"), (["--jobs", "0"], "--jobs 0")])
+def test_options_that_build_nothing_are_refused(
+    options: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["warmup", *options]) == 2 and told in capsys.readouterr().err
+
+
+def test_targets_may_be_repeated_and_have_spaces(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["warmup", "--check", "--report", "--target", "cpu, cpu", "--output", str(store)]) == 0
+    rows = json.loads(capsys.readouterr().out)["artifacts"]
+    assert len({row["name"] for row in rows}) == len(rows)
 
 
 def test_measured_choices_are_stored_once_and_a_start_takes_them(

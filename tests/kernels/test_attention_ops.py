@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import graphserve.kernels
-from graphserve.kernels import attention
+from graphserve.kernels import attention, attention_parts
+from graphserve.kernels.attention_parts import AttentionShape
+from tests.peak_memory import peak_bytes
 
 graphserve.kernels.register_all()
 gs = torch.ops.gs
@@ -40,19 +42,59 @@ def test_packed_attention_is_torchs_attention_of_each_sequence(causal: bool) -> 
     assert not out[9:].any()
 
 
-@pytest.mark.parametrize("max_scores", [1, 2 * 4 * 7])
-def test_queries_of_which_not_all_scores_fit_are_taken_in_parts(
-    max_scores: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("part_bytes", "parts"),
+    [
+        (1, [(1, 1)] * 12),
+        (1800, [(2, 1), (2, 1), (1, 1)] * 2 + [(1, 1)] * 2),
+        (3000, [(2, 2), (2, 2), (1, 2), (1, 2)]),
+        (8000, [(5, 2), (1, 2)]),
+    ],
+)
+def test_what_does_not_fit_is_computed_in_parts_of_heads_and_queries(
+    part_bytes: int, parts: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = paged_arguments(torch.float32)
-    rule = {"window": 3, "chunk": 0, "softcap": 0.0, "causal": True}
+    args = [*paged_arguments(torch.float32)[:6], torch.randn(4), torch.rand(4)]
+    rule = {"window": 3, "chunk": 0, "softcap": 2.0, "causal": True}
     whole = gs.paged_attention(*args, 0.3, **rule)
-    parts: list[int] = []
+    seen: list[tuple[int, int]] = []  # queries and key heads
     attend = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda q, *rest: (parts.append(len(q)), attend(q, *rest))[1])
-    monkeypatch.setattr(attention, "_MAX_SCORES", max_scores)
+    monkeypatch.setattr(
+        attention, "attend", lambda q, k, *rest: (seen.append((len(q), k.shape[1])), attend(q, k, *rest))[1]
+    )
+    monkeypatch.setattr(attention_parts, "PART_BYTES", part_bytes)
     torch.testing.assert_close(gs.paged_attention(*args, 0.3, **rule), whole, rtol=1e-6, atol=1e-6)
-    assert parts == {1: [1] * 6, 56: [2, 2, 1, 1]}[max_scores]
+    assert seen == parts
+
+
+@pytest.mark.parametrize("part_mib", [1, 2, 64])
+@pytest.mark.parametrize(
+    "shape", [AttentionShape(8, 2, 32, 32), AttentionShape(4, 4, 16, 48), AttentionShape(2, 1, 64, 64)]
+)
+@pytest.mark.parametrize("num_queries", [1, 96])
+def test_a_part_takes_the_memory_that_is_counted_for_it(
+    part_mib: int, shape: AttentionShape, num_queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_keys, block_size = 1024, 16
+    q = torch.randn(num_queries, shape.num_heads, shape.k_dim).bfloat16()
+    keys, values = (
+        torch.randn(num_keys // block_size, shape.num_kv_heads, block_size, dim).bfloat16()
+        for dim in (shape.k_dim, shape.v_dim)
+    )
+    table = torch.arange(num_keys // block_size, dtype=torch.int32)[None]
+    starts, lens = torch.tensor([0, num_queries]).int(), torch.tensor([num_keys]).int()
+    lists = (torch.randn(shape.num_heads), torch.rand(shape.num_heads))
+    monkeypatch.setattr(attention_parts, "PART_BYTES", part_mib << 20)
+    counted = shape.most_bytes(num_queries, num_keys)
+    for sinks, alibi in (lists, (None, None)):
+        taken = peak_bytes(
+            lambda sinks=sinks, alibi=alibi: gs.paged_attention(
+                q, keys, values, table, starts, lens, sinks, alibi, 0.3, 9, 0, 2.0, True
+            )
+        )
+        taken -= num_queries * shape.num_heads * shape.v_dim * q.element_size()  # the result
+        assert taken <= counted + (1 << 15), "more is taken than is counted"
+        assert counted < 3 * taken, "much more is counted than is taken"
 
 
 def test_the_quantizing_op_without_scales_is_the_plain_one() -> None:

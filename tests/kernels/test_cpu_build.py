@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+import logging
 import os
+import platform
 import re
+import shlex
 import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +19,7 @@ import torch
 from cpu_kernel_cases import Case, assert_close
 
 from graphserve.artifacts import ArtifactStore
-from graphserve.errors import CacheMissError, CompileError
+from graphserve.errors import CacheMissError, CompileError, ConfigError
 from graphserve.kernels.cpu import (
     ISA_LEVELS,
     ArgSpec,
@@ -22,12 +28,19 @@ from graphserve.kernels.cpu import (
     Refusal,
     available_levels,
     build,
-    compile_missing,
     compiler,
     generate,
     isa_level,
+    load_stored,
+    missing_libraries,
+    stored_libraries,
 )
+from graphserve.kernels.cpu.build import COMPILER, KIND, LIBRARY_FILE, SOURCE_FILE, _short
+from graphserve.kernels.cpu.compiler import compiler_options, compiler_version
+from graphserve.kernels.cpu.isa import check_compilable, machine
 from graphserve.kernels.cpu.kernel import cpp_dim, rows_of
+from graphserve.plan.cache_dir import remove_own_folder
+from graphserve.processors import processor_name
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
@@ -39,6 +52,50 @@ def norm_kernel(eps: float = 1e-5) -> CppKernel:
     kernel = generate("gs.rms_norm", {**NORM, "eps": eps}, [ROW, None], [ROW], isa_level())
     assert isinstance(kernel, CppKernel)
     return kernel
+
+
+@pytest.fixture(autouse=True)
+def no_cxx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is the one that is found on PATH, whatever the environment of the tests says."""
+    monkeypatch.delenv("CXX", raising=False)
+
+
+@pytest.fixture
+def made(tmp_path: Path, sequence_store: Path) -> ArtifactStore:
+    """A store with the one library that needs no kernels: the call of many."""
+    shutil.copytree(sequence_store, tmp_path / "made")
+    return ArtifactStore(tmp_path / "made")
+
+
+@pytest.fixture(scope="module")
+def sequence_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sequence")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CXX", raising=False)
+        build([], ArtifactStore(root))
+    return root
+
+
+def strict(store: ArtifactStore) -> ArtifactStore:
+    return ArtifactStore(store.root, is_strict=True)
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def other_compiler(folder: Path, version: str = "99.1.0", name: str = "other") -> Path:
+    """The compiler of this machine, which says that it is another."""
+    answer = f'[ "$1" = --version ] && echo "g++ (Distribution {version}-2) {version}" && exit'
+    return script(folder / name, f'{answer}\nexec {compiler_path()} "$@"')
+
+
+def without_compiler(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("PATH", "/nonexistent")
+    patch.delenv("CXX", raising=False)
+    assert compiler() is None
 
 
 def test_equal_work_has_one_key_and_other_work_another() -> None:
@@ -87,39 +144,284 @@ def test_a_stored_library_is_loaded_without_a_compiler(tmp_path: Path, monkeypat
     first = build([norm_kernel()], store, progress=lambda done, total, name: seen.append(f"{done}/{total} {name}"))
     assert [line.split()[0] for line in seen] == ["1/2", "2/2"]
     times = {path: path.stat().st_mtime_ns for path in first.paths}
-    monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.delenv("CXX", raising=False)
-    assert compiler() is None
-    strict = ArtifactStore(tmp_path, is_strict=True)
-    second = build([norm_kernel()], strict)
-    assert second.paths == first.paths and not second.misses and not strict.built
+    without_compiler(monkeypatch)
+    second = build([norm_kernel()], strict(store))
+    assert second.paths == first.paths and not second.misses
     assert times == {path: path.stat().st_mtime_ns for path in second.paths}, "a stored library was built again"
     assert second.function_pointer(norm_kernel().symbol)
-    with pytest.raises(CompileError, match="no C\\+\\+ compiler was found: install"):
+    with pytest.raises(CompileError, match=r"\(miss: other source, .*\) and no C\+\+ compiler was found: install"):
         build([norm_kernel(1e-3)], store)
-    with pytest.raises(CacheMissError, match="norm .*strict_compile_cache .* run graphserve warmup"):
-        build([norm_kernel(1e-3)], strict)
+    with pytest.raises(CacheMissError, match=r"norm .* \(miss: other source, .*\), and strict_compile_cache .* warmup"):
+        build([norm_kernel(1e-3)], strict(store))
 
 
 @needs_compiler
-def test_another_compiler_builds_again_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = ArtifactStore(tmp_path)
-    build([norm_kernel()], store)
-    module = importlib.import_module("graphserve.kernels.cpu.build")
-    monkeypatch.setattr(module, "compiler_version", lambda: "g++ (Distribution 99.1.0-2) 99.1.0")
-    assert not build([norm_kernel()], ArtifactStore(tmp_path, is_strict=True)).misses, "loading needs no compiler"
-    assert all(re.fullmatch(r"miss: C\+\+ compiler [\d.]+ → 99.1.0", m) for m in build([norm_kernel()], store).misses)
-    assert len(store.built) == 4 and not build([norm_kernel()], store).misses
+def test_the_library_of_another_compiler_is_built_beside_and_both_stay(
+    made: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    at_first = _short(compiler_version() or "")
+    monkeypatch.setenv("CXX", str(other_compiler(tmp_path)))
+    assert missing_libraries([], made) == ["sequence"], "warmup --check must say what warmup would build"
+    miss = f"miss: C++ compiler {at_first} → 99.1.0"
+    assert build([], made).misses == [miss] and f"which is not in the store ({miss})" in caplog.text
+    for cxx in ("", str(tmp_path / "other"), ""):
+        monkeypatch.setenv("CXX", cxx)
+        again = ArtifactStore(made.root)
+        assert not build([], again).misses and not again.built
+    assert [set(a.manifest.built) for a in made.artifacts(KIND)] == [{"seconds"}] * 2
+
+
+@needs_compiler
+def test_compilers_of_one_version_are_told_apart_in_full(
+    made: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = _short(compiler_version() or "")
+    monkeypatch.setenv("CXX", str(other_compiler(tmp_path, version)))
+    full = f"{compiler_version()}"
+    assert build([], made).misses[0].endswith(f"{version} → {full}") and full.startswith("g++ (Distribution")
+
+
+@needs_compiler
+@pytest.mark.parametrize("why", ["strict", "read-only", "no compiler", "a compiler that does not run"])
+def test_the_library_of_another_compiler_serves_where_none_may_or_can_be_built(
+    made: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setenv("CXX", str(other_compiler(tmp_path)))
+    if why == "read-only":
+        monkeypatch.setattr(ArtifactStore, "is_writable", False)
+    elif why == "no compiler":
+        without_compiler(monkeypatch)
+    elif why != "strict":
+        monkeypatch.setenv("CXX", "/nowhere/g++")
+    store = strict(made) if why == "strict" else made
+    assert not missing_libraries([], store) and not build([], store).misses and not store.built
+
+
+@needs_compiler
+def test_a_miss_of_other_factors_too_names_them_all(made: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Plan9")
+    without_compiler(monkeypatch)
+    with pytest.raises(CacheMissError, match=r"\(miss: system \w+ → Plan9, C\+\+ compiler .* → none\), and strict"):
+        build([], strict(made))
+
+
+@pytest.mark.parametrize(
+    ("version", "short"),
+    [
+        ("g++ (Debian 12.2.0-14+deb12u1) 12.2.0", "12.2.0"),
+        ("g++ (GCC) 13.1.1 20230614 (Red Hat 13.1.1-4)", "13.1.1"),
+        ("Ubuntu clang version 14.0.0-1ubuntu1.1", "14.0.0"),
+        ("Apple clang version 15.0.0 (clang-1500.3.9.4)", "15.0.0"),
+        ("unknown version", "unknown version"),
+    ],
+)
+def test_the_number_of_a_version_is_not_that_of_the_distribution(version: str, short: str) -> None:
+    assert _short(version) == short
+
+
+@needs_compiler
+def test_machine_and_system_are_factors_so_that_no_other_machine_takes_a_library(
+    made: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (artifact,) = made.artifacts(KIND)
+    here = {"machine": machine(), "system": platform.system(), COMPILER: compiler_version(), "C++ options": []}
+    assert artifact.manifest.factors.items() >= here.items()
+    monkeypatch.setattr(platform, "machine", lambda: "sparc64")
+    with pytest.raises(CacheMissError, match=rf"sequence .*\(miss: machine {here['machine']} → sparc64\)"):
+        build([], strict(made))
+
+
+@pytest.mark.parametrize(
+    ("says", "name"), [("x86_64", "x86_64"), ("AMD64", "x86_64"), ("arm64", "aarch64"), ("aarch64", "aarch64")]
+)
+def test_an_architecture_has_one_name(says: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: says)
+    assert machine() == name
+
+
+@needs_compiler
+def test_the_options_of_cxx_are_a_factor_and_a_wrapper_is_none(
+    made: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = compiler_version()
+    wrapper = script(tmp_path / "ccache", '[ "$1" = --version ] && echo "ccache version 4.8" && exit\nexec "$@"')
+    monkeypatch.setenv("CXX", f"{wrapper} {Path(compiler_path()).name}")
+    assert compiler_version() == version and not missing_libraries([], made)
+    monkeypatch.setenv("CXX", f"{wrapper} {compiler_path()} -DA='b c' -fno-inline")
+    assert compiler_version() == version and build([], made).misses == [
+        "miss: C++ options none → ['-DA=b c', '-fno-inline']"
+    ]
+    without_compiler(monkeypatch)
+    assert not missing_libraries([], made)
+    shutil.rmtree(next(a for a in made.artifacts(KIND) if not a.manifest.factors["C++ options"]).folder)
+    assert missing_libraries([], made), "what was made with an option was taken without"
+    monkeypatch.setenv("CXX", "g++ -O3 -march=native")
+    assert compiler_options() == ["-O3", "-march=native", processor_name()]
+
+
+@needs_compiler
+def test_a_relative_cxx_is_run_from_where_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other_compiler(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "./other")
+    assert len(build([], ArtifactStore(tmp_path / "store")).misses) == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("cxx", "reason"),
+    [
+        ("{}/nothing --fast", "nothing is not there or not executable"),
+        ("{}/folder", "folder is not there or not executable"),
+        ("{}/text", "text is not there or not executable"),
+        ("{}/garbled", "Exec format error"),
+        ("{}/failing g++", "--version ends with status 3: no licence"),
+    ],
+)
+def test_a_cxx_that_does_not_run_is_refused_by_name_when_it_is_needed(
+    made: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cxx: str, reason: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text").write_text("int main() {}")
+    script(tmp_path / "garbled", "").write_bytes(b"\x7fELF")
+    script(tmp_path / "failing", "echo no licence >&2; exit 3")
+    cxx = cxx.format(tmp_path)
+    monkeypatch.setenv("CXX", cxx)
+    if "--" not in cxx:  # options would make another library
+        assert not build([], made).misses, "what is stored needs no compiler"
+    words = rf"CXX='{re.escape(cxx)}' is no .*{reason}.*: set it .* or unset it"
+    for attempt in (lambda: build([], ArtifactStore(tmp_path / "empty")), compiler):
+        with pytest.raises(ConfigError, match=words):
+            attempt()
+
+
+def test_a_cxx_with_an_open_quote_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ '-DA")
+    with pytest.raises(ConfigError, match="cannot be split into words .No closing quotation.: close the quote"):
+        build([], ArtifactStore(tmp_path))
+
+
+@needs_compiler
+def test_a_compiler_on_path_that_does_not_run_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other_compiler(tmp_path, name="clang++")
+    script(tmp_path / "g++", "exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compiler() == f"{tmp_path}/clang++ (g++ (Distribution 99.1.0-2) 99.1.0)"
+    assert f"{tmp_path}/g++ cannot be used" in caplog.text
+
+
+@needs_compiler
+def test_a_library_on_a_noexec_mount_is_loaded(made: ArtifactStore, tmp_path: Path) -> None:
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    mount = f"mount -t tmpfs -o noexec tmpfs {mounted}"
+    unshare = [shutil.which("unshare") or "false", "--mount", "sh", "-c"]
+    if subprocess.run([*unshare, mount], capture_output=True).returncode != 0:
+        pytest.skip("a file system cannot be mounted here")
+    code = (
+        "import sys; from pathlib import Path; from graphserve.artifacts import ArtifactStore\n"
+        "from graphserve.kernels.cpu import build\n"
+        f"store = ArtifactStore(Path({str(mounted)!r}), is_strict=sys.argv[1] == 'strict')\n"
+        "library = build([], store)\n"
+        "assert not library.misses and not (store.root / 'quarantine').exists(), library.misses"
+    )
+    starts = " && ".join(f"{sys.executable} -c {shlex.quote(code)} {how}" for how in ("strict", "lax"))
+    command = f"{mount} && cp -r {made.root}/* {mounted} && {starts}"
+    result = subprocess.run([*unshare, command], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_compiler
+def test_a_library_that_is_deleted_once_it_was_found_is_loaded(made: ArtifactStore) -> None:
+    class Pruned(ArtifactStore):
+        def find(self, *args):
+            artifact = super().find(*args)
+            assert artifact is not None
+            shutil.rmtree(artifact.folder)
+            return artifact
+
+    store = Pruned(made.root, is_strict=True)
+    assert not build([], store).misses and not list(store.artifacts(KIND))
+
+
+def refused_by_the_linker(store: ArtifactStore) -> None:
+    """Store something else in the place of each library, with the right checksum."""
+    for artifact in list(store.artifacts(KIND)):
+        files = {SOURCE_FILE: artifact.read(SOURCE_FILE), LIBRARY_FILE: b"a library of another system"}
+        store.put(KIND, artifact.manifest.factors, files, artifact.manifest.label)
+
+
+@needs_compiler
+def test_a_strict_start_says_why_a_library_cannot_be_loaded_and_leaves_it_there(made: ArtifactStore) -> None:
+    refused_by_the_linker(made)
+    words = "sequence of the store .* cannot be loaded .*library.so: .*; a copy of it: .*, and strict_compile_cache .*"
+    for _ in range(2):
+        with pytest.raises(CacheMissError, match=words):
+            build([], strict(made))
+    assert len(list(made.artifacts(KIND))) == 1 and not (made.root / "quarantine").exists()
+
+
+@needs_compiler
+def test_a_library_that_cannot_be_loaded_is_replaced_by_one_that_can(
+    made: ArtifactStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    refused_by_the_linker(made)
+    with pytest.MonkeyPatch.context() as patch:
+        without_compiler(patch)
+        with pytest.raises(CompileError, match=r"\(the stored one cannot be loaded: .*\) and no C\+\+ compiler"):
+            build([], made)
+    assert build([], made).misses[0].startswith("the stored one cannot be loaded: ")
+    assert "sequence, which is not in the store (the stored one cannot be loaded: " in caplog.text
+    assert not build([], strict(made)).misses and not (made.root / "quarantine").exists()
+
+
+@needs_compiler
+def test_a_library_that_cannot_be_loaded_is_built_for_this_run_where_it_cannot_be_replaced(
+    read_only: ArtifactStore,
+) -> None:
+    library = build([], read_only)
+    assert len(library.misses) == 1 and read_only.root not in library.paths[0].parents
+    assert not build([], read_only).misses, "it was built twice"
+
+
+@pytest.fixture
+def read_only(made: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ArtifactStore]:
+    """A store that cannot be written, with a library that the linker refuses."""
+    refused_by_the_linker(made)
+    shutil.rmtree(made.root / "tmp")
+    (made.root / "tmp").write_text("in the way of what is being written, also for root")
+    monkeypatch.setattr(ArtifactStore, "is_writable", False)
+    yield ArtifactStore(made.root)
+    remove_own_folder()
+
+
+@needs_compiler
+def test_what_the_linker_refuses_even_if_it_was_just_built_is_an_error_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a cross-compiler does: what comes out is no library of this machine.
+    text = '[ "$1" = --version ] && echo 1.0 && exit\nwhile [ "$1" != -o ]; do shift; done\necho other > "$2"'
+    monkeypatch.setenv("CXX", str(script(tmp_path / "cross", text)))
+    with pytest.raises(CompileError, match="sequence cannot be loaded: .*library.so: .*; a copy of it: .*library.so: "):
+        build([], ArtifactStore(tmp_path / "store"))
 
 
 @needs_compiler
 def test_a_damaged_library_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     build([norm_kernel()], ArtifactStore(tmp_path / "made"))
-    shutil.copytree(tmp_path / "made", tmp_path / "copied")
-    for path in (tmp_path / "copied").rglob("library.so"):
-        path.write_bytes(b"not a library")
-    store = ArtifactStore(tmp_path / "copied")
-    assert build([norm_kernel()], store).function_pointer(norm_kernel().symbol)
+    for name in ("strict", "copied"):
+        shutil.copytree(tmp_path / "made", tmp_path / name)
+        for path in (tmp_path / name).rglob("library.so"):
+            path.write_bytes(b"not a library")
+    with pytest.raises(CacheMissError, match=r"\(the stored one is damaged\)"):
+        build([norm_kernel()], ArtifactStore(tmp_path / "strict", is_strict=True))
+    caplog.clear()
+    library = build([norm_kernel()], ArtifactStore(tmp_path / "copied"))
+    assert library.function_pointer(norm_kernel().symbol) and library.misses == ["the stored one is damaged"] * 2
     assert caplog.text.count("library.so fails its checksum") == 2
     assert len(list((tmp_path / "copied" / "quarantine").iterdir())) == 2
     assert not list((tmp_path / "copied" / "tmp").iterdir())
@@ -182,11 +484,29 @@ def test_the_isa_level_can_be_chosen_and_a_wrong_one_is_refused(monkeypatch: pyt
     monkeypatch.setenv("GRAPHSERVE_CPU_ISA", "generic")
     assert isa_level() == "generic"
     monkeypatch.setenv("GRAPHSERVE_CPU_ISA", "mmx")
-    with pytest.raises(ValueError, match="mmx is not available here: use one of .*generic"):
+    with pytest.raises(ConfigError, match="mmx is not available here: use one of .*generic"):
         isa_level()
     with pytest.raises(ValueError, match="'mmx' is unknown"):
         generate("gs.rms_norm", NORM, [ROW, None], [ROW], "mmx")
     assert available_levels()[-1] == list(ISA_LEVELS)[-1] == "generic"
+
+
+def test_a_level_of_another_machine_is_refused_before_a_compiler_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = generate("gs.rms_norm", NORM, [ROW, None], [ROW], "avx2")
+    assert isinstance(kernel, CppKernel)
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert available_levels() == ["generic"] and isa_level() == "generic"
+    check_compilable("generic")
+    for attempt in (lambda: check_compilable("avx2"), lambda: stored_libraries([kernel], ArtifactStore(tmp_path))):
+        with pytest.raises(
+            ConfigError, match="avx2 cannot be compiled on a aarch64 machine: use generic, or compile on"
+        ):
+            attempt()
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    for level in ISA_LEVELS:
+        check_compilable(level)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -216,13 +536,95 @@ def test_the_kernel_check_fails_when_the_reference_is_another_function(check_cas
 
 @needs_compiler
 def test_compilers_in_the_background_let_other_work_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "compiler"
-    script.write_text(f'#!/bin/sh\nnice >> {tmp_path}/niceness\nexec {compiler_path()} "$@"\n')
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    compile_missing([norm_kernel()], ArtifactStore(tmp_path / "store"), niceness=19)
+    noting = script(tmp_path / "compiler", f'nice >> {tmp_path}/niceness\nexec {compiler_path()} "$@"')
+    monkeypatch.setenv("CXX", str(noting))
+    build([norm_kernel()], ArtifactStore(tmp_path / "store"), niceness=19)
     assert "19" in (tmp_path / "niceness").read_text().split()
     assert os.getpriority(os.PRIO_PROCESS, 0) < 19, "the process itself lost its priority"
+
+
+@needs_compiler
+def test_a_priority_that_may_not_be_lowered_further_stops_no_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def refuse(which: int, who: int, niceness: int) -> None:
+        asked.append(niceness)
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "getpriority", lambda *_: 18)
+    monkeypatch.setattr(os, "setpriority", refuse)
+    assert build([], ArtifactStore(tmp_path), niceness=5).misses and asked == [19]
+
+
+@needs_compiler
+def test_progress_comes_in_the_order_of_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = f'[ "$1" = --version ] && echo 1.0 && exit\nmkdir {tmp_path}/first && sleep 2\nexec {compiler_path()} "$@"'
+    monkeypatch.setenv("CXX", str(script(tmp_path / "slow at first", text)).replace(" ", "\\ "))
+    seen: list[tuple[int, int, str]] = []
+    store = ArtifactStore(tmp_path / "store")
+    library = build([norm_kernel()], store, lambda *event: seen.append(event))
+    assert [(done, total, name.split()[0]) for done, total, name in seen] == [(1, 2, "norm"), (2, 2, "sequence")]
+    labels = {artifact.path(LIBRARY_FILE): artifact.manifest.label for artifact in store.artifacts(KIND)}
+    assert [labels[path] for path in library.paths] == [name for _, _, name in seen]
+
+
+@needs_compiler
+def test_no_library_is_begun_after_one_that_failed_or_once_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = script(tmp_path / "failing", '[ "$1" = --version ] && echo 1.0 && exit\necho begun >> "$0".log; exit 1')
+    monkeypatch.setenv("CXX", str(failing))
+    with pytest.raises(CompileError, match="compiling norm .* failed"):
+        build([norm_kernel()], ArtifactStore(tmp_path / "store"), num_jobs=1)
+    assert (tmp_path / "failing.log").read_text() == "begun\n"
+    with pytest.raises(CompileError, match="the build was stopped"):
+        build([norm_kernel()], ArtifactStore(tmp_path / "store"), is_stopped=lambda: True)
+    assert (tmp_path / "failing.log").read_text() == "begun\n"
+
+
+@needs_compiler
+def test_what_is_stored_is_loaded_whatever_made_it_and_each_miss_has_its_reason(
+    made: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(other_compiler(tmp_path)))
+    library = load_stored([], made)
+    assert len(library.paths) == 1 and not library.misses
+    assert not build([], made, any_compiler=True).misses and not made.built
+    part = load_stored([norm_kernel()], made)
+    assert len(part.paths) == 1 and part.misses == ["nothing stored for it"]
+
+
+@needs_compiler
+def test_a_stored_library_of_another_compiler_that_cannot_be_loaded_is_built(
+    made: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused_by_the_linker(made)
+    monkeypatch.setenv("CXX", str(other_compiler(tmp_path)))
+    for library in (load_stored([], made), build([], made, any_compiler=True)):
+        assert library.misses[0].startswith("the stored one cannot be loaded: ")
+    assert len(made.built) == 1 and not load_stored([], made).misses
+
+
+@needs_compiler
+def test_a_script_that_ends_does_not_wait_for_what_is_compiled_in_its_background(tmp_path: Path) -> None:
+    endless = script(tmp_path / "endless", '[ "$1" = --version ] && echo 1.0 && exit\necho >> "$0".log; exec sleep 60')
+    code = f"""
+        import time
+        from functools import partial
+        from pathlib import Path
+        from graphserve.artifacts import ArtifactStore
+        from graphserve.kernels.cpu import build
+        from graphserve.runtime.background_build import BackgroundBuild
+        BackgroundBuild(partial(build, [], ArtifactStore(Path({str(tmp_path / "store")!r}))))
+        while not Path({str(tmp_path / "endless.log")!r}).exists():
+            time.sleep(0.01)
+        """
+    environment = {**os.environ, "CXX": str(endless)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def compiler_path() -> str:

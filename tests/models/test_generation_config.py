@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from graphserve.errors import ConfigError
-from graphserve.models.generation_config import GenerationDefaults, load_generation_defaults
+from graphserve.models.generation_config import (
+    GenerationDefaults,
+    check_generation_options,
+    load_generation_defaults,
+    override,
+)
 
 
 def folder_with(path: Path, config: Any) -> Path:
@@ -84,3 +89,43 @@ def test_another_folder_may_hold_the_file(tmp_path: Path) -> None:
 def test_a_malformed_file_is_refused_with_the_key(config: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         load_generation_defaults(folder_with(tmp_path, config))
+
+
+def test_vllm_is_the_way_around_a_file_with_malformed_values(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, {"temperature": "hot", "eos_token_id": 5})
+    assert load_generation_defaults(folder, generation_config="vllm").eos_token_ids == (5,)
+    check_generation_options("vllm", {}, folder)
+
+
+def test_values_are_replaced_by_the_names_of_the_file() -> None:
+    defaults = GenerationDefaults((7,), {"top_k": 5, "temperature": 0.7})
+    changed = override(defaults, {"top_k": 9, "max_new_tokens": 3, "eos_token_id": [4, 2]})
+    assert changed == GenerationDefaults((2, 4), {"top_k": 9, "temperature": 0.7, "max_tokens": 3})
+    with pytest.raises(ConfigError, match="num_beams=3: allowed are eos_token_id, temperature"):
+        override(defaults, {"num_beams": 3})
+    with pytest.raises(ConfigError, match="override_generation_config: eos_token_id must be an int"):
+        override(defaults, {"eos_token_id": "</s>"})
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "changes", "message"),
+    [
+        ("auto", {"num_beams": 3}, "override_generation_config has num_beams=3"),
+        ("auto", {"temperature": 9}, "override_generation_config cannot be used: temperature=9"),
+        ("/no/such/folder", {}, "generation_config='/no/such/folder': .* does not exist"),
+    ],
+)
+def test_options_are_refused_before_the_model_is_at_hand(
+    generation_config: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_generation_options(generation_config, changes)
+
+
+def test_a_files_unusable_value_is_refused_unless_it_is_replaced(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, {"top_p": 7})
+    check_generation_options("auto", {})
+    with pytest.raises(ConfigError, match=r"generation_config.json and override.* cannot be used: top_p=7"):
+        check_generation_options("auto", {}, folder)
+    check_generation_options("auto", {"top_p": 0.9}, folder)
+    check_generation_options("vllm", {}, folder)

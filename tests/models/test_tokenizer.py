@@ -220,7 +220,15 @@ def test_a_sentencepiece_model_alone_is_converted_faithfully(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     tokenizer = load_tokenizer(tmp_path)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    for text in ("Once upon a time", "héllo 日本語 👩", "don't", "a\nb"):
+    for text in (
+        "Once upon a time",
+        "héllo 日本語 👩",
+        "don't",
+        "a\nb",
+        "a  b",
+        " two  spaces ",
+        "def f(x):\n    return",
+    ):
         assert tokenizer.encode(text) == [1, *reference.encode(text)]
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.eos_token_id == 2

@@ -56,6 +56,12 @@ def test_a_step_far_larger_than_what_was_measured_runs_by_default() -> None:
     assert [choices.of(decode(n)) for n in (8, 15, 32, 256)] == [DEFAULT] * 4
 
 
+def test_a_table_covers_an_engine_whose_largest_steps_it_knows() -> None:
+    choices = MeasuredChoices({1: DEFAULT, 8: DEFAULT})
+    assert [choices.covers(n) for n in (1, 8, 15, 16, 300)] == [True, True, True, False, False]
+    assert MeasuredChoices({256: DEFAULT}).covers(1024) and not MeasuredChoices().covers(1)
+
+
 def test_a_table_comes_back_from_the_store_for_the_same_device_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,7 +112,7 @@ def check(model: Model, count: int, params: SamplingParams, variant: str) -> Non
     assert interpreter.num_launches > 10 * runner.num_variant_steps.total()
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [*(pytest.param(n, marks=pytest.mark.full) for n in (1, 2)), 3])
 def test_greedy_tokens_at_the_edges_of_a_bucket(tiny_llama: Model, count: int) -> None:
     check(tiny_llama, count, SamplingParams(temperature=0, max_tokens=3), "greedy")
 

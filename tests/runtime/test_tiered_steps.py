@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from graphserve.engine.device_executor import DeviceExecutor
 from graphserve.engine.executor import StepSizes
 from graphserve.errors import CacheMissError, CompileError
 from graphserve.kernels.triton import compile_jobs
-from graphserve.plan.runner import Action, Binder, StepSize
+from graphserve.plan.runner import Action, Arena, Binder, StepSize
 from graphserve.plan.schema import Plan
 from graphserve.runtime import step_lowering
 from graphserve.runtime.cuda_driver import CudaDriver
@@ -95,6 +96,20 @@ def test_an_executor_records_nothing_ahead_of_the_kernels() -> None:
     executor.allocate(8, BLOCK_SIZE, StepSizes(MAX_TOKENS, LANES, LANES, LANES))
     assert executor.stats().num_graphs == 0
     executor.close()
+
+
+def test_programs_that_cannot_be_made_close_their_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[LateKernels] = []
+    monkeypatch.setattr(LateKernels, "close", lambda lowering: closed.append(lowering))
+
+    def no_room(arena: Arena, num_bytes: int) -> None:
+        raise MemoryError(f"no room for {num_bytes} bytes")
+
+    monkeypatch.setattr(Arena, "reserve", no_room)
+    lowering = LateKernels()
+    with pytest.raises(MemoryError, match="no room"):
+        table_runner(torch.zeros(16, 16), lowering=lowering)
+    assert closed == [lowering]
 
 
 class TableLowering:
@@ -217,13 +232,17 @@ def test_kernels_that_the_store_did_not_keep_are_not_compiled_in_the_middle_of_a
     tiered.lowering.close()
 
 
-def test_closing_stops_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_stops_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     tiered = TableLowering(tmp_path, monkeypatch)
     background = tiered.lowering._background
     assert background is not None
     threading.Timer(0.2, tiered.may_build.set).start()
     tiered.lowering.close()
     assert background.is_done and not list(ArtifactStore(tmp_path).artifacts("triton"))
+    assert "3 of 3 kernels are compiled in the background" in caplog.text and "kernels built" not in caplog.text
 
 
 def test_a_strict_store_refuses_to_build_in_the_background_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,4 +105,5 @@ def test_the_manifest_of_a_bundle_names_every_factor(bundle: Path, tmp_path: Pat
     for path in tmp_path.rglob("manifest.json"):
         factors.setdefault(path.parent.parent.name, set()).update(json.loads(path.read_text())["factors"])
     assert factors["plan"] >= {"config", "dtype", "quantization", "graphserve sources", "torch", "transformers"}
-    assert factors["cpp"] >= {"isa", "flags", "source", "OpenMP runtime"} and "checkpoint layout" in factors["weights"]
+    assert factors["cpp"] >= {"isa", "flags", "source", "OpenMP runtime", "machine", "system", "C++ compiler"}
+    assert "checkpoint layout" in factors["weights"]

@@ -1,8 +1,12 @@
-"""A server over the echo engine as a program, for tests of signals: ``echo_server.py TOKENIZER STEP_S DRAIN_S``."""
+"""A server over the echo engine as a program, for tests of signals: ``echo_server.py CONFIG DRAIN_S``.
+
+CONFIG is that of the engine, as JSON.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from pathlib import Path
 
@@ -18,8 +22,8 @@ def announce(server: Server, info: EngineInfo) -> None:
 
 
 if __name__ == "__main__":
-    tokenizer, step_s, drain_s = sys.argv[1:]
+    config, drain_s = sys.argv[1:]
     engine = [sys.executable, str(Path(__file__).with_name("fake_engine.py"))]
-    client = EngineClient({"tokenizer_path": tokenizer, "step_s": float(step_s)}, engine, restart_pauses_s=())
+    client = EngineClient(json.loads(config), engine, restart_pauses_s=())
     options = ServerOptions(port=0, drain_timeout=float(drain_s))
     sys.exit(asyncio.run(serve(options, client, announce)))

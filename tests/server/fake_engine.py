@@ -1,22 +1,37 @@
 """An engine process without a model, for tests of what surrounds the engine: it repeats the prompt, one byte a step.
 
-Run as ``fake_engine.py FD`` in the place of ``graphserve.engine.process``; the process, its loop and its messages are
-the real ones. The prompt's text steers it: ``<fail>`` ends that request with an error, ``<crash>`` raises in the
-step, ``<exit>`` ends the process as a kernel fault would, ``<hang-start>`` in the model name keeps it from becoming
-ready.
+Run as ``fake_engine.py FD FOLDER`` in the place of ``graphserve.engine.process``; the process, its loop and its
+messages are the real ones. The prompt's text steers it: ``<fail>`` ends that request with an error, ``<crash>`` raises
+in the step, ``<exit>`` ends the process as a kernel fault would.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from graphserve.engine.messages import AddRequest, EngineInfo, EngineStats, OutputDelta, RequestEnded
+import msgspec
+
+from graphserve import progress
+from graphserve.engine.messages import (
+    AddRequest,
+    ConvertedTokenizer,
+    EngineInfo,
+    EngineStats,
+    OutputDelta,
+    RequestEnded,
+    TokenizerSource,
+)
 from graphserve.engine.process import run_engine_process
 from graphserve.errors import ConfigError, RequestError
 from graphserve.outputs import Logprob
+from graphserve.progress import PhaseEvent
 
 BLOCK_SIZE = 16
 
@@ -31,7 +46,6 @@ class EchoEngine:
         self.info = EngineInfo(
             model="echo",
             served_model_names=config.get("served_model_names", ["echo"]),
-            tokenizer_path=config["tokenizer_path"],
             max_model_len=config.get("max_model_len", 4096),
             max_num_seqs=config.get("max_num_seqs", 256),
             max_logprobs=20,
@@ -117,7 +131,15 @@ def _delta(request: AddRequest, index: int, position: int, is_last: bool) -> Out
     )
 
 
-def make_engine(config: dict[str, Any]) -> EchoEngine:
+def _compile(report: Path) -> None:
+    """Begin a phase, a process and a temporary folder, and end none of them; the report has a line for each of both."""
+    progress.emit(PhaseEvent("compile", "begin"))
+    compiler = subprocess.Popen(["sleep", "600"])
+    report.with_suffix(".part").write_text(f"{compiler.pid}\n{tempfile.mkdtemp()}")
+    report.with_suffix(".part").rename(report)
+
+
+def make_engine(config: dict[str, Any], send_tokenizer: Callable[[TokenizerSource], None]) -> EchoEngine:
     if config.get("refuses_to_start"):
         raise ConfigError("this model cannot be served")
     marker = config.get("starts_once")
@@ -126,9 +148,15 @@ def make_engine(config: dict[str, Any]) -> EchoEngine:
             raise ConfigError("it started once and will not again")
         with open(marker, "w"):
             pass
+    if "converted" in config:
+        send_tokenizer(TokenizerSource(converted=msgspec.convert(config["converted"], ConvertedTokenizer)))
+    else:
+        send_tokenizer(TokenizerSource(config["tokenizer_path"]))
+    if "compiles" in config:
+        _compile(Path(config["compiles"]))
     time.sleep(float(config.get("load_s", 0.0)))
     return EchoEngine(config)
 
 
 if __name__ == "__main__":
-    sys.exit(run_engine_process(int(sys.argv[1]), make_engine))
+    sys.exit(run_engine_process(sys.argv[1:], make_engine))

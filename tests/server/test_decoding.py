@@ -25,7 +25,6 @@ from graphserve.server.sampling import sampling_params
 INFO = EngineInfo(
     model="m",
     served_model_names=["m"],
-    tokenizer_path=None,
     max_model_len=100,
     max_num_seqs=4,
     max_logprobs=5,

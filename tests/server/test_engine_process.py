@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from waiting import wait_until
 
+from graphserve import progress
+from graphserve.engine import child
+from graphserve.engine.client import EngineClient
 from graphserve.engine.messages import (
     MAX_FRAME_BYTES,
     AbortRequests,
@@ -27,7 +33,9 @@ from graphserve.engine.messages import (
     encode_frame,
     frame_length,
 )
-from graphserve.errors import ConfigError
+from graphserve.errors import ConfigError, EngineDeadError
+from graphserve.kernels.triton.compile_jobs import _Worker
+from graphserve.progress import PhaseEvent
 from graphserve.sampling_params import SamplingParams
 
 COMPLETIONS = "/v1/completions"
@@ -100,6 +108,100 @@ def test_the_port_answers_live_and_not_ready_while_the_engine_loads(make_server:
         assert server.request("GET", "/health/live")[0] == 200 == server.request("GET", "/metrics")[0]
         loading.result(30)
         assert server.request("POST", COMPLETIONS, {"prompt": "abc"})[0] == 200
+
+
+def test_an_engine_that_is_killed_while_it_loads_takes_its_compilers_and_temporary_files_along(
+    make_server: Any, tmp_path: Path
+) -> None:
+    events: list[PhaseEvent] = []
+    previous = progress.set_sink(events.append)
+    try:
+        with make_server(engine={"compiles": str(tmp_path / "report"), "load_s": 60}) as server:
+            loading = server.begin(server.server.load())
+            compiler, folder = _compiling(tmp_path / "report")
+            os.kill(server.client.process_id, signal.SIGKILL)
+            with pytest.raises(
+                EngineDeadError, match=r"while it loaded \(killed by SIGKILL, mostly for a lack of memory"
+            ):
+                loading.result(10)
+            assert not folder.parent.exists()
+            wait_until(lambda: not _is_alive(compiler))
+    finally:
+        progress.set_sink(previous)
+    assert [(event.state, event.note) for event in events] == [("begin", ""), ("fail", "the engine process ended")]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_server_that_is_stopped_while_its_engine_compiles_leaves_nothing_behind(
+    byte_tokenizer: Path, tmp_path: Path, number: int, status: int
+) -> None:
+    server = _start(byte_tokenizer, compiles=str(tmp_path / "report"), load_s=60)
+    compiler, folder = _compiling(tmp_path / "report")
+    server.send_signal(number)
+    assert server.wait(10) == status
+    wait_until(lambda: not _is_alive(compiler) and not folder.parent.exists())
+    server.stdout.close()
+
+
+def test_a_compiler_that_outlives_the_engine_is_ended_with_a_server_that_drains(
+    byte_tokenizer: Path, tmp_path: Path
+) -> None:
+    server = _start(byte_tokenizer, compiles=str(tmp_path / "report"))
+    _announced(server)
+    compiler, folder = _compiling(tmp_path / "report")
+    server.terminate()
+    assert server.wait(10) == 0
+    assert not folder.parent.exists()
+    wait_until(lambda: not _is_alive(compiler))
+    server.stdout.close()
+
+
+@pytest.mark.parametrize(("handler", "shares_group"), [(signal.SIG_IGN, True), (signal.default_int_handler, False)])
+def test_a_kernel_compiler_is_in_the_group_of_an_engine_process_and_else_out_of_reach_of_ctrl_c(
+    tmp_path: Path, handler: Any, shares_group: bool
+) -> None:
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        with _Worker("cuda:90", tmp_path, niceness=0) as worker:
+            assert (os.getpgid(worker._process.pid) == os.getpgrp()) == shares_group
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_without_a_place_for_temporary_files_the_engine_starts_all_the_same(
+    start_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> str:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(child.tempfile, "mkdtemp", refuse)
+    with start_server() as server:
+        assert server.request("POST", COMPLETIONS, {"prompt": "abc"})[0] == 200
+
+
+def test_a_spawned_engine_is_the_one_that_is_started(make_server: Any) -> None:
+    with make_server() as server:
+        server.client.spawn()
+        spawned = server.client.process_id
+        server.start()
+        assert server.client.process_id == spawned
+
+
+def test_a_spawned_engine_ends_with_a_server_that_never_listened(make_server: Any) -> None:
+    with make_server(engine={"load_s": 600}) as server:
+        server.client.spawn()
+        assert _is_alive(server.client.process_id)
+    assert not _is_alive(server.client.process_id)
+
+
+def test_a_process_that_cannot_be_started_is_an_error_of_ours_and_leaves_no_folder(
+    byte_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    client = EngineClient({}, ["/no/such/program"])
+    with pytest.raises(EngineDeadError, match="cannot be started: .*/no/such/program"):
+        asyncio.run(client.start())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_parent_leaves_no_engine_behind(byte_tokenizer: Path) -> None:
@@ -202,14 +304,24 @@ def test_merged_deltas_equal_the_deltas_in_order() -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(first), type=OutputDelta) == first
 
 
-def _start(tokenizer: Path, step_s: float, drain_s: float) -> subprocess.Popen[bytes]:
+def _start(tokenizer: Path, drain_s: float = 1.0, **engine: Any) -> subprocess.Popen[bytes]:
     script = Path(__file__).with_name("echo_server.py")
     root = str(script.parents[2])
+    config = json.dumps({"tokenizer_path": str(tokenizer), **engine})
     return subprocess.Popen(
-        [sys.executable, str(script), str(tokenizer), str(step_s), str(drain_s)],
+        [sys.executable, str(script), config, str(drain_s)],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": root},
     )
+
+
+def _compiling(report: Path) -> tuple[int, Path]:
+    """Process and temporary folder of a compiler that an engine has started."""
+    wait_until(report.exists)
+    pid, folder = report.read_text().splitlines()
+    assert _is_alive(int(pid)) and Path(folder).is_dir()
+    assert Path(folder).parent.name.startswith("graphserve-engine-")
+    return int(pid), Path(folder)
 
 
 def _announced(server: subprocess.Popen[bytes]) -> tuple[int, int]:

@@ -7,7 +7,14 @@ sequence.run(num_tokens=1, num_rows=1, num_sequences=1, num_threads=2)
 """
 
 from graphserve.kernels.arg_spec import ArgSpec, Refusal
-from graphserve.kernels.cpu.build import Library, build, compile_missing, missing_libraries, stored_libraries
+from graphserve.kernels.cpu.build import (
+    Library,
+    build,
+    compile_missing,
+    load_stored,
+    missing_libraries,
+    stored_libraries,
+)
 from graphserve.kernels.cpu.compiler import compiler
 from graphserve.kernels.cpu.generate import generate
 from graphserve.kernels.cpu.isa import ISA_LEVELS, available_levels, isa_level
@@ -28,6 +35,7 @@ __all__ = [
     "generate",
     "isa_level",
     "compile_missing",
+    "load_stored",
     "missing_libraries",
     "stored_libraries",
     "pack_linear_weight",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
 import subprocess
+from dataclasses import dataclass
 from functools import cache
+from itertools import dropwhile
 from pathlib import Path
+
+from graphserve.errors import ConfigError
+from graphserve.processors import processor_name
+
+logger = logging.getLogger(__name__)
 
 COMMON_FLAGS = (
     "-O3",
@@ -20,37 +28,113 @@ COMMON_FLAGS = (
     "-fno-trapping-math",
 )
 
+_NAMES = ("g++", "clang++", "c++")  # looked for on PATH, in this order
+
 # Runtimes that export the GOMP_* entry points the kernels call.
 _OPENMP_NAMES = ("libgomp", "libiomp5", "libomp")
 
 
-def _command() -> list[str] | None:
-    """The first usable of $CXX, g++, clang++ and c++, with the arguments $CXX carries."""
-    for candidate in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        words = shlex.split(candidate) if candidate else []
-        path = shutil.which(words[0]) if words else None
-        if path is not None:
-            return [path, *words[1:]]
-    return None
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler that runs.
+
+    Attributes:
+        command: the program's path and, if it is $CXX, the words after it.
+        version: the first line of what the whole command answers to ``--version``, so that of the compiler and not of
+            a wrapper such as ccache. It holds no path.
+    """
+
+    command: tuple[str, ...]
+    version: str
 
 
-@cache
-def _version(path: str) -> str:
-    result = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    lines = result.stdout.splitlines()
-    return lines[0].strip() if lines else "unknown version"
+def find_compiler() -> Compiler | None:
+    """$CXX if it is set, else the first of g++, clang++ and c++ on PATH that runs; None if there is none.
+
+    Raises:
+        ConfigError: $CXX is set and does not run. As in torch.compile, nothing else is taken in its place: whoever sets
+            it has a reason.
+    """
+    chosen = _chosen()
+    if not chosen:
+        tried = (_try([name]) for name in _NAMES)
+        return next((found for found in tried if isinstance(found, Compiler)), None)
+    found = _try(chosen)
+    if isinstance(found, str):
+        raise ConfigError(
+            f"CXX={os.environ['CXX']!r} is no C++ compiler that runs ({found}): set it to one that answers --version, "
+            f"or unset it to have the first of {', '.join(_NAMES)} taken from PATH"
+        )
+    return found
 
 
 def compiler() -> str | None:
-    """Path and version of the C++ compiler, or None when $CXX, g++, clang++ and c++ are all missing from PATH."""
-    command = _command()
-    return None if command is None else f"{command[0]} ({_version(command[0])})"
+    """Path and version of the C++ compiler, or None if there is none; raises as :func:`find_compiler` does."""
+    found = find_compiler()
+    return None if found is None else f"{found.command[0]} ({found.version})"
 
 
 def compiler_version() -> str | None:
-    """The compiler's version line without its path: a key factor of building."""
-    command = _command()
-    return None if command is None else _version(command[0])
+    """The version of the compiler that can build here, a key factor; None if none can.
+
+    A $CXX that does not run is no error here: what is stored is loaded without a compiler.
+    """
+    try:
+        found = find_compiler()
+    except ConfigError:
+        return None
+    return None if found is None else found.version
+
+
+def compiler_options() -> list[str]:
+    """What $CXX adds to every compilation, a key factor: its words from the first option on.
+
+    The words before name the compiler, whose version is a factor, or a wrapper such as ccache, which changes no result.
+    """
+    options = list(dropwhile(lambda word: not word.startswith("-"), _chosen()))
+    if any(option.endswith("=native") for option in options):
+        options.append(processor_name())  # what they mean depends on it
+    return options
+
+
+def _chosen() -> list[str]:
+    """The words of $CXX; none if it is not set.
+
+    Raises:
+        ConfigError: a quote in it is not closed.
+    """
+    text = os.environ.get("CXX", "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"CXX={text!r} cannot be split into words ({error}): close the quote or unset it") from None
+
+
+def _try(words: list[str]) -> Compiler | str:
+    """The compiler that a command runs, or why it is none."""
+    program = shutil.which(words[0])
+    if program is None:
+        return f"{words[0] or 'an empty name'} is not there or not executable"
+    # Absolute: it is run in another folder.
+    return _ask((os.path.abspath(program), *words[1:]))
+
+
+@cache
+def _ask(command: tuple[str, ...]) -> Compiler | str:
+    reason = ""
+    try:
+        result = subprocess.run(
+            [*command, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+        )
+        if result.returncode != 0:
+            reason = f"--version ends with status {result.returncode}: {result.stderr.strip()[-500:]}"
+    except OSError as error:
+        reason = str(error)
+    if reason:
+        logger.warning("%s cannot be used: %s", shlex.join(command), reason)
+        return reason
+    lines = result.stdout.splitlines()
+    return Compiler(command, lines[0].strip() if lines else "unknown version")
 
 
 def openmp_runtime() -> Path | None:
@@ -73,14 +157,9 @@ def openmp_runtime() -> Path | None:
 
 
 def compile_command(source: Path, output: Path, isa_flags: tuple[str, ...], openmp: Path | None) -> list[str]:
-    """The command line that turns one generated file into a shared library.
-
-    Raises:
-        RuntimeError: no compiler is on PATH.
-    """
-    command = _command()
-    if command is None:
-        raise RuntimeError("no C++ compiler found: install g++ or clang++, or point $CXX at one")
+    """The command line that turns one generated file into a shared library; there must be a compiler."""
+    found = find_compiler()
+    assert found is not None
     link = [str(openmp)] if openmp is not None else []
     define = f"-DGS_OPENMP={int(openmp is not None)}"
-    return [*command, *COMMON_FLAGS, *isa_flags, define, "-o", str(output), str(source), *link]
+    return [*found.command, *COMMON_FLAGS, *isa_flags, define, "-o", str(output), str(source), *link]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+
+from graphserve.errors import ConfigError
+from graphserve.processors import processor_facts
 
 
 @dataclass(frozen=True)
 class IsaLevel:
-    """One level: vector width in fp32 lanes, what it needs from the processor, and the compiler's flags."""
+    """One level: vector width in fp32 lanes, what it needs from the processor, and the compiler's flags.
+
+    A level that needs anything is one of x86-64.
+    """
 
     name: str
     width: int
@@ -38,33 +42,49 @@ ISA_LEVELS: dict[str, IsaLevel] = {
 
 ISA_VARIABLE = "GRAPHSERVE_CPU_ISA"
 
+_SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
 
-@cache
-def _cpu_flags() -> frozenset[str]:
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return frozenset()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))
+
+def machine() -> str:
+    """The processor's architecture, by one name on every system: ``x86_64``, ``aarch64``."""
+    name = platform.machine().lower()
+    return _SAME_MACHINE.get(name, name)
 
 
 def available_levels() -> list[str]:
     """Levels this processor can run, best first; ``generic`` is always among them."""
-    return [name for name, level in ISA_LEVELS.items() if level.cpu_flags <= _cpu_flags()]
+    flags = frozenset(processor_facts().get("flags", "").split())
+    return [name for name in compilable_levels() if ISA_LEVELS[name].cpu_flags <= flags]
+
+
+def compilable_levels() -> list[str]:
+    """Levels that a compiler for this machine has code for, whether or not the processor can run it; best first."""
+    return [name for name, level in ISA_LEVELS.items() if not level.cpu_flags or machine() == "x86_64"]
+
+
+def check_compilable(level: str) -> None:
+    """Refuse a level that no compiler for this machine has code for.
+
+    Raises:
+        ConfigError: with the levels that it has code for.
+    """
+    if level not in compilable_levels():
+        raise ConfigError(
+            f"kernels for {level} cannot be compiled on a {machine()} machine: use {', '.join(compilable_levels())}, "
+            "or compile on an x86_64 machine"
+        )
 
 
 def isa_level() -> str:
     """The level kernels are generated for: the best available, or ``GRAPHSERVE_CPU_ISA``.
 
     Raises:
-        ValueError: the variable names a level that is unknown or that this processor lacks.
+        ConfigError: the variable names a level that is unknown or that this processor lacks.
     """
     wanted = os.environ.get(ISA_VARIABLE)
     levels = available_levels()
     if wanted is None:
         return levels[0]
     if wanted not in levels:
-        raise ValueError(f"{ISA_VARIABLE}={wanted} is not available here: use one of {', '.join(levels)}")
+        raise ConfigError(f"{ISA_VARIABLE}={wanted} is not available here: use one of {', '.join(levels)}")
     return wanted

@@ -2,13 +2,15 @@
 
 Workers are fresh interpreters that get kernels line by line. Nothing is forked, since this process runs the threads of
 torch, and the caller's own script is not imported again. A worker ends when its input does, so also with its parent. A
-terminal's Ctrl-C is for the parent alone, which then waits for the kernels that are being compiled.
+terminal's Ctrl-C is for the parent alone, which then waits for the kernels that are being compiled. Workers of an
+engine process are killed with it (``engine/child.py``).
 """
 
 from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -112,9 +114,11 @@ class _Worker:
         command += [target, str(root), str(niceness)]
         # It finds packages as this process does, and its errors go where ours go.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        # Who ignores Ctrl-C, as an engine process does, hands that on; its workers stay in the group that is killed.
+        group = None if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else 0
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=group
             )
         except OSError as error:
             raise CompileError(f"no compiler for {target} could be started: {error} (fewer jobs need less)") from error
