@@ -225,12 +225,17 @@ def _cpp(
     kernels: list[CppKernel], level: str, store: ArtifactStore, check: bool, num_jobs: int, report: WarmupReport
 ) -> None:
     before = stored_libraries(kernels, store)
-    missing = [name for name, artifact in before.items() if artifact is None]
-    if missing and not check and compiler() is not None:
+    missing = [name for name, found in before.items() if isinstance(found, str)]
+    can_build = not check and compiler() is not None
+    if missing and can_build:
         with phase(f"compile C++ kernels for {level}", total=len(before), unit="libraries") as work:
             compile_missing(kernels, store, lambda done, total, name: work.advance(), num_jobs)
-    for name, artifact in (stored_libraries(kernels, store) if missing else before).items():
-        report.add(f"cpu:{level}", f"C++ library {name}", artifact, before[name] is not None)
+    for name, found in (stored_libraries(kernels, store) if missing else before).items():
+        if isinstance(found, str):
+            why = found if can_build or check else f"{found}, and no C++ compiler was found"
+            report.add(f"cpu:{level}", f"C++ library {name}: {why}", None, False)
+        else:
+            report.add(f"cpu:{level}", f"C++ library {name}", found, name not in missing)
 
 
 def _triton(

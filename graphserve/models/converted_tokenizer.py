@@ -88,7 +88,7 @@ def save_converted(store: ArtifactStore, folder: Path, converted: Converted) -> 
     """
     backend, special = converted
     text = backend.to_str()
-    difference = first_difference(backend, tokenizers.Tokenizer.from_str(text))
+    difference = first_difference(backend, tokenizers.Tokenizer.from_str(text), NUM_CHECKED_TEXTS)
     if difference is not None:
         raise ConfigError(
             f"{folder}: the converted tokenizer does not survive being stored, it encodes {difference!r} otherwise: "
@@ -102,9 +102,7 @@ def save_converted(store: ArtifactStore, folder: Path, converted: Converted) -> 
         logger.warning("%s could not be stored: %s", label, error)
 
 
-def first_difference(
-    one: tokenizers.Tokenizer, other: tokenizers.Tokenizer, num_texts: int = NUM_CHECKED_TEXTS
-) -> str | None:
+def first_difference(one: tokenizers.Tokenizer, other: tokenizers.Tokenizer, num_texts: int) -> str | None:
     """The first of many texts that two tokenizers encode otherwise, or decode otherwise; None if there is none."""
     texts = list(random_texts(sorted(one.get_vocab(with_added_tokens=True)), num_texts))
     first, second = ([encoding.ids for encoding in tokenizer.encode_batch(texts)] for tokenizer in (one, other))
@@ -183,7 +181,8 @@ def convert_sentencepiece(
                 f"{folder}: the token {token.content!r} cannot be number {index} of the converted tokenizer: give a "
                 "checkpoint with tokenizer.json"
             )
-    text = first_sentencepiece_difference(converted, proto, [*PROBES, *sentencepiece_texts(proto)])
+    texts = [*PROBES, *sentencepiece_texts(proto, NUM_CHECKED_TEXTS)]
+    text = first_sentencepiece_difference(converted, proto, texts)
     if text is not None:
         raise ConfigError(
             f"{folder}: the converted tokenizer encodes or decodes {text!r} otherwise than sentencepiece: give a "
@@ -195,7 +194,7 @@ def convert_sentencepiece(
     return converted
 
 
-def sentencepiece_texts(proto: Any, count: int = NUM_CHECKED_TEXTS, seed: int = 0) -> Iterator[str]:
+def sentencepiece_texts(proto: Any, count: int, seed: int = 0) -> Iterator[str]:
     """Random texts of the pieces that stand for ordinary text, and of characters."""
     return random_texts([piece.piece for piece in proto.pieces if piece.type == _NORMAL], count, seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -154,7 +155,7 @@ def test_check_of_an_empty_store_is_status_1_names_all_and_stores_nothing(
     assert not list(tmp_path.rglob("*.json")) and not (tmp_path / "x.tar.zst").exists()
 
 
-def test_check_names_a_library_that_was_deleted(store: Path, tmp_path: Path) -> None:
+def test_check_names_a_library_that_was_deleted(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = tmp_path / "x.tar.zst"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRAPHSERVE_CACHE", str(store))
@@ -164,7 +165,19 @@ def test_check_names_a_library_that_was_deleted(store: Path, tmp_path: Path) -> 
     assert main(["cache", "import", str(bundle), "--store", str(part)]) == 0
     library = next(a for a in ArtifactStore(part).artifacts("cpp") if a.manifest.factors["family"] == "rope_kv")
     library.folder.rename(tmp_path / "away")
-    assert run_warmup(EngineConfig(), part, check=True).missing == [f"C++ library {library.manifest.label}"]
+    (missing,) = run_warmup(EngineConfig(), part, check=True).missing
+    assert missing == f"C++ library {library.manifest.label}: nothing stored for it"
+    monkeypatch.setattr("graphserve.compiler.warmup.compiler", lambda: None)
+    (missing,) = run_warmup(EngineConfig(), part).missing
+    assert missing.endswith("no C++ compiler was found")
+
+
+def test_check_names_the_compiler_that_is_another(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # By its module's name: the package has a function of the same name.
+    module = importlib.import_module("graphserve.kernels.cpu.build")
+    monkeypatch.setattr(module, "compiler_version", lambda: "g++ (of a test) 99.1.0")
+    missing = run_warmup(EngineConfig(), store, check=True).missing
+    assert missing and all("C++ compiler" in row and "→ 99.1.0" in row for row in missing)
 
 
 @pytest.mark.parametrize("name", ["file", "file/store", "folder.tar.zst", "file/x.tar.zst"])

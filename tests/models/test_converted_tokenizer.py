@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,6 +77,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
 
 
 @pytest.fixture
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversions are checked quickly."""
+    monkeypatch.setattr(converted_tokenizer, "NUM_CHECKED_TEXTS", 500)
+
+
+@pytest.fixture
 def converted(folder: Path, store: ArtifactStore) -> Tokenizer:
     return load_tokenizer(folder, store=store)
 
@@ -120,7 +125,8 @@ def test_ids_and_texts_equal_sentencepiece_on_more_than_ten_thousand_texts(
         encodings = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
         differing = [text for text, e, ids in zip(texts, encodings, expected, strict=True) if e.ids != ids]
         assert not differing, f"{len(differing)} of {len(texts)} {kind} differ: {differing[:3]}"
-        assert tokenizer.backend.decode_batch(expected) == texts == model.decode(expected)
+        decoded = tokenizer.backend.decode_batch(expected)
+        assert decoded == [text.replace("\u2581", " ") for text in texts] == model.decode(expected)
 
 
 def test_the_conversion_of_transformers_alone_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,18 +134,17 @@ def test_the_conversion_of_transformers_alone_is_refused(folder: Path, monkeypat
     from transformers import LlamaTokenizer
 
     proto, backend = find_sentencepiece(folder, {}), LlamaTokenizer.from_pretrained(folder).backend_tokenizer
-    differing = [text for text in PROBES if first_sentencepiece_difference(backend, proto, [text])]
-    assert "a  b" in differing and " Hello world" in differing and "Hello world" not in differing
-    random = list(sentencepiece_texts(proto, 1000))
-    assert first_sentencepiece_difference(backend, proto, random) is not None
+    assert first_sentencepiece_difference(backend, proto, ["Hello world", "a  b", "x"]) == "a  b"
+    assert first_sentencepiece_difference(backend, proto, ["x", " hello"]) == " hello"
+    assert first_sentencepiece_difference(backend, proto, list(sentencepiece_texts(proto, 100))) is not None
     monkeypatch.setattr(converted_tokenizer, "_rebuild", lambda loaded, proto, is_legacy: loaded)
-    with pytest.raises(ConfigError, match="decodes '  ' otherwise than sentencepiece: give a checkpoint with"):
+    with pytest.raises(ConfigError, match="encodes or decodes ' ' otherwise than sentencepiece: give a checkpoint"):
         convert_sentencepiece(folder, backend, proto, is_legacy=False)
 
 
 @pytest.mark.parametrize("text, ids", [("a  b", [264, 28705, 287]), (" hello", [28705, 6312, 28709])])
 def test_published_ids_of_mistral(
-    text: str, ids: list[int], shared_tokenizers: Path, tmp_path: Path, store: ArtifactStore
+    text: str, ids: list[int], shared_tokenizers: Path, tmp_path: Path, store: ArtifactStore, few_texts: None
 ) -> None:
     """What mistral-common 1.13.1 gives, and BPE with the merges of Mistral-7B-v0.1's tokenizer.json."""
     pytest.importorskip("sentencepiece")
@@ -149,7 +154,7 @@ def test_published_ids_of_mistral(
 
 @pytest.mark.parametrize("is_legacy", [False, True])
 def test_special_tokens_in_text_are_one_token_and_legacy_says_whether_a_space_follows(
-    folder: Path, is_legacy: bool, tmp_path: Path
+    folder: Path, is_legacy: bool, tmp_path: Path, few_texts: None
 ) -> None:
     copy = write_folder(tmp_path / "copy", (folder / "tokenizer.model").read_bytes(), {"legacy": is_legacy})
     tokenizer = load_tokenizer(copy, store=ArtifactStore(tmp_path / "store"))
@@ -163,7 +168,7 @@ def test_special_tokens_in_text_are_one_token_and_legacy_says_whether_a_space_fo
     assert tokenizer.all_special_ids[:3] == [0, 1, 2] and tokenizer.eos_token_id == 2
 
 
-def test_the_config_may_forbid_the_prefix(folder: Path, tmp_path: Path) -> None:
+def test_the_config_may_forbid_the_prefix(folder: Path, tmp_path: Path, few_texts: None) -> None:
     copy = write_folder(tmp_path / "copy", (folder / "tokenizer.model").read_bytes(), {"add_prefix_space": False})
     tokenizer = load_tokenizer(copy, store=ArtifactStore(tmp_path / "store"))
     for text in ("hello there", " hello", "  a  b"):
@@ -183,7 +188,7 @@ def test_text_grows_token_by_token_without_losing_a_space(folder: Path, converte
             continue
         decoder = IncrementalDecoder(converted.decode, prompt)
         shown = "".join(map(decoder.push, ids[count:])) + decoder.flush()
-        assert before + shown == text, (text, count)
+        assert before + shown == text.replace("\u2581", " "), (text, count)
 
 
 # --- other kinds of sentencepiece models, made here ------------------------------------------------------------------
@@ -226,11 +231,10 @@ def train(repository: Path) -> Callable[..., bytes]:
     return make
 
 
-@pytest.mark.parametrize("is_legacy", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, is_legacy", [*((kind, False) for kind in KINDS), ("bytes", True), ("symbols", True)])
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_each_kind_of_model_gives_the_ids_of_sentencepiece(
-    model_type: str, kind: str, is_legacy: bool, train: Callable[..., bytes], tmp_path: Path
+    model_type: str, kind: str, is_legacy: bool, train: Callable[..., bytes], tmp_path: Path, few_texts: None
 ) -> None:
     folder = write_folder(tmp_path, train(model_type=model_type, **KINDS[kind]), {"legacy": is_legacy})
     tokenizer = load_tokenizer(folder, store=ArtifactStore(tmp_path / "store"))
@@ -243,7 +247,9 @@ def test_each_kind_of_model_gives_the_ids_of_sentencepiece(
     assert tokenizer.decode(tokenizer.encode("lazy fox dog")) == "lazy fox dog"
 
 
-def test_spaces_that_are_user_defined_symbols_are_found_in_text(train: Callable[..., bytes], tmp_path: Path) -> None:
+def test_spaces_that_are_user_defined_symbols_are_found_in_text(
+    train: Callable[..., bytes], tmp_path: Path, few_texts: None
+) -> None:
     """Gemma's: each run of spaces is a symbol, which sentencepiece finds before it merges anything."""
     symbols = ["\u2581" * n for n in range(2, 8)]
     options = EXACT | {"byte_fallback": True, "add_dummy_prefix": False, "user_defined_symbols": symbols}
@@ -254,7 +260,7 @@ def test_spaces_that_are_user_defined_symbols_are_found_in_text(train: Callable[
 
 
 def test_equally_likely_segmentations_are_no_difference_and_others_are(
-    train: Callable[..., bytes], tmp_path: Path
+    train: Callable[..., bytes], tmp_path: Path, few_texts: None
 ) -> None:
     folder = write_folder(tmp_path, train(model_type="unigram", **KINDS["bytes"]))
     tokenizer, proto = load_tokenizer(folder, store=ArtifactStore(tmp_path / "store")), find_sentencepiece(folder, {})
@@ -273,7 +279,12 @@ def test_equally_likely_segmentations_are_no_difference_and_others_are(
     ids=["suffix", "char", "numbers"],
 )
 def test_models_that_cannot_be_converted_faithfully_are_refused(
-    options: dict[str, Any], config: dict[str, Any], reason: str, train: Callable[..., bytes], tmp_path: Path
+    options: dict[str, Any],
+    config: dict[str, Any],
+    reason: str,
+    train: Callable[..., bytes],
+    tmp_path: Path,
+    few_texts: None,
 ) -> None:
     folder = write_folder(tmp_path, train(**options), config)
     if config:
@@ -290,10 +301,10 @@ def test_a_file_of_that_name_that_is_no_sentencepiece_model_is_left_to_transform
 # --- the stored form -------------------------------------------------------------------------------------------------
 
 
-def test_the_stored_form_is_the_first_one(folder: Path, tmp_path: Path) -> None:
+def test_the_stored_form_is_the_first_one(folder: Path, tmp_path: Path, few_texts: None) -> None:
     first = load_tokenizer(folder, store=ArtifactStore(tmp_path))
     again = load_tokenizer(folder, store=ArtifactStore(tmp_path, is_strict=True))
-    assert first.backend is not again.backend and first_difference(first.backend, again.backend) is None
+    assert first.backend is not again.backend and first_difference(first.backend, again.backend, 500) is None
     assert (again.eos_token_id, again.bos_token_id) == (first.eos_token_id, first.bos_token_id)
     assert again.all_special_ids == first.all_special_ids and again.special_tokens == first.special_tokens
 
@@ -362,7 +373,7 @@ def test_a_conversion_that_would_change_when_stored_is_refused(tmp_path: Path, m
 
 
 def test_a_stored_conversion_that_cannot_be_read_counts_as_missing(
-    train: Callable[..., bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    train: Callable[..., bytes], tmp_path: Path, few_texts: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_folder(tmp_path, train(model_type="bpe", **KINDS["bytes"]))
     root = tmp_path / "store"

@@ -193,15 +193,14 @@ def _lower_priority(niceness: int) -> None:
             os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + niceness))
 
 
-def stored_libraries(kernels: list[CppKernel], store: ArtifactStore) -> dict[str, Artifact | None]:
-    """The libraries that :func:`build` needs by name, None for those that it would have to compile."""
-    found = {unit.name: unit.find(store) for unit in _units(kernels)}
-    return {name: None if isinstance(result, str) else result for name, result in found.items()}
+def stored_libraries(kernels: list[CppKernel], store: ArtifactStore) -> dict[str, Artifact | str]:
+    """The libraries that :func:`build` needs by name; of those that it would have to compile, why."""
+    return {unit.name: unit.find(store) for unit in _units(kernels)}
 
 
 def missing_libraries(kernels: list[CppKernel], store: ArtifactStore) -> list[str]:
     """Names of the libraries that :func:`build` would have to compile for ``kernels``. Compiles nothing."""
-    return [name for name, artifact in stored_libraries(kernels, store).items() if artifact is None]
+    return [name for name, found in stored_libraries(kernels, store).items() if isinstance(found, str)]
 
 
 def _units(kernels: list[CppKernel], any_compiler: bool = False) -> list[_Unit]:
