@@ -22,7 +22,7 @@ what it caught and keeps one failure from spreading:
     cli/main.py               one command: becomes an error line, a hint and an exit status
     compiler/pipeline.py      one pass: re-raised as CompileError that names the pass
     compiler/capture.py       the torch.compile call: re-raised as UnsupportedModelError with the reason
-    models/tokenizer.py       one tokenizer.json: the library raises bare Exception; re-raised as ConfigError
+    models/tokenizer.py       one tokenizer: the library raises bare Exception; re-raised as ConfigError
     compiler/backend.py       one graph of a user's module: runs eagerly, a warning gives the reason
     runtime/background_build.py one build beside a running model: plain torch goes on, a warning gives the reason
 """
