@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from graphserve.artifacts import ArtifactStore, open_store
+from graphserve.artifacts.eviction import keep_below_limit
 from graphserve.config import EngineConfig
 from graphserve.errors import ConfigError
 from graphserve.kernels import register_all
@@ -80,6 +81,8 @@ def load_model(config: EngineConfig, backend: Backend = "auto") -> LoadedModel:
         with phase("load tokenizer"):  # what is left of it
             loaded = tokenizer.result() if tokenizer is not None else None
         undo.pop_all()
+    if store.built:
+        keep_below_limit(store)
     defaults = load_generation_defaults(
         folder,
         plan.model["eos_token_id"],

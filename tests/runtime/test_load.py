@@ -1,5 +1,6 @@
 """Loading: compiled once, found again, and a damaged or foreign plan never used."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,22 @@ def test_a_stored_plan_is_used_instead_of_a_compilation(store_root: Path) -> Non
     strict = ArtifactStore(store_root, is_strict=True)
     found = find_or_compile(EngineConfig(), demo_path(), strict)
     assert found.compiled.plan.launches and found.weight_program is not None and not strict.built
+
+
+def test_a_start_that_compiles_keeps_the_cache_of_the_user_below_its_limit(
+    tmp_path: Path, store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(store_root, cache)
+    old = ArtifactStore(cache).put("plan", {"config": "of another model"}, {"plan.json": bytes(2 << 20)}, "an old plan")
+    monkeypatch.setenv("GRAPHSERVE_CACHE", str(cache))
+    monkeypatch.setenv("GRAPHSERVE_CACHE_LIMIT", "1M")
+    load_model(EngineConfig()).model_runner.close()
+    assert old.folder.is_dir(), "a start that compiles nothing deletes nothing"
+    os.utime(old.folder / "manifest.json", (1000, 1000))
+    shutil.rmtree(cache / "weights")
+    load_model(EngineConfig()).model_runner.close()
+    assert not old.folder.exists() and list(ArtifactStore(cache).artifacts("plan"))
 
 
 def test_a_strict_store_compiles_no_plan(tmp_path: Path) -> None:
