@@ -61,7 +61,7 @@ def import_turn() -> Iterator[None]:
 
 
 class StartupClock:
-    """A sink of phases that remembers when each ran, and hands every event on.
+    """A sink of phases that remembers when each ran, and hands every event on until the first token is out.
 
     Only phases without phases inside them count, so that a large one around everything explains nothing.
     """
@@ -81,7 +81,7 @@ class StartupClock:
         elif event.state in ("end", "fail") and self._open and not self._open.pop():
             now = time.monotonic()
             self._spans.append((event.name, now - event.seconds, now))
-        if self._forward is not None:
+        if self._forward is not None and self._end is None:  # after that it would be drawn over the answer
             self._forward(event)
 
     def first_token(self, asked_at: float) -> None:

@@ -74,6 +74,14 @@ def test_every_event_is_handed_on(clock_time: Time) -> None:
     assert [event.state for event in seen] == ["begin", "end"]
 
 
+def test_nothing_is_drawn_over_the_answer(clock_time: Time) -> None:
+    seen: list[PhaseEvent] = []
+    clock = StartupClock(seen.append)
+    clock.first_token(clock_time.now)
+    run_phase(clock, clock_time, "pack weights", 1.0)
+    assert not seen
+
+
 def test_the_age_of_a_process_begins_with_its_birth() -> None:
     code = "import time; time.sleep(0.3); from graphserve.startup import process_age_s; print(process_age_s())"
     begin = time.monotonic()
@@ -105,6 +113,14 @@ def test_generate_writes_the_report_of_its_start(tmp_path: Path) -> None:
     assert names[0] == "start Python" and {"import torch", "load weights", "first step"} <= set(names)
     assert 0 <= report["unexplained_seconds"] < report["seconds_to_first_token"]
     assert "to the first token" in result.stderr
+
+
+def test_the_first_token_of_several_prompts_is_reported_too(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    command = [sys.executable, "-m", "graphserve", "generate", "-p", "a", "-p", "b", "--max-tokens", "200"]
+    subprocess.run([*command, "--ignore-eos", "--startup-report", str(path)], capture_output=True, check=True)
+    report = json.loads(path.read_text())
+    assert report["phases"][-1]["name"] == "first step"
 
 
 def test_the_engine_is_imported_without_torch_so_that_a_start_can_tell_them_apart() -> None:

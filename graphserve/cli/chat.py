@@ -65,6 +65,8 @@ class Conversation:
 
     def handle(self, line: str) -> bool:
         """Act on one line of input; False ends the conversation."""
+        from graphserve.cli.local_engine import warnings_afterwards
+
         match line.strip():
             case "":
                 pass
@@ -76,7 +78,8 @@ class Conversation:
             case command if command.startswith("/"):
                 sys.stderr.write(f"unknown command {command.split()[0]}; {_HELP}")
             case text:
-                self._answer(text)
+                with warnings_afterwards():
+                    self._answer(text)
         return True
 
     def _answer(self, text: str) -> None:

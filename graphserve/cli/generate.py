@@ -68,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace, prompts: list[str], local: LocalEngine, clock: StartupClock | None) -> int:
+    from graphserve.cli.local_engine import warnings_afterwards
+
     with local as engine:
         params = sampling_params(options, engine.default_sampling_params)
         if options.chat:
@@ -81,12 +83,14 @@ def _generate(options: argparse.Namespace, prompts: list[str], local: LocalEngin
                 clock.first_token(begin)
 
         if len(prompts) == 1 and params.n == 1:
-            for text, new_tokens in engine.stream(prompts[0], params, is_rendered=options.chat):
-                on_token()
-                num_tokens += new_tokens
-                sys.stdout.write(text)
+            with warnings_afterwards():
+                for text, new_tokens in engine.stream(prompts[0], params, is_rendered=options.chat):
+                    on_token()
+                    num_tokens += new_tokens
+                    sys.stdout.write(text)
+                    sys.stdout.flush()
+                sys.stdout.write("\n")
                 sys.stdout.flush()
-            sys.stdout.write("\n")
         else:
             answers = engine.complete(prompts, params, is_rendered=options.chat, on_token=on_token)
             num_tokens = sum(count for _, count in answers)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +18,23 @@ from graphserve.errors import GraphserveError
 from graphserve.models.tokenizer import Tokenizer
 from graphserve.sampling_params import RequestOutputKind, SamplingParams
 from graphserve.startup import import_turn, without_collector
+
+_MAX_HELD_WARNINGS = 1000
+
+
+@contextmanager
+def warnings_afterwards() -> Iterator[None]:
+    """What is warned of in the body is written after it, not into the middle of a text that comes piece by piece."""
+    assert logging.lastResort is not None
+    held = MemoryHandler(_MAX_HELD_WARNINGS, logging.CRITICAL, logging.lastResort)
+    held.setLevel(logging.WARNING)
+    logger = logging.getLogger("graphserve")
+    logger.addHandler(held)
+    try:
+        yield
+    finally:
+        logger.removeHandler(held)
+        held.close()  # writes them
 
 
 class LocalEngine:

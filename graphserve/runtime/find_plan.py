@@ -243,10 +243,10 @@ def _compile_and_save(
 
 def _import_transformers() -> None:
     with phase("import transformers"):
-        import graphserve.compiler.build  # noqa: F401  (not in the middle of what it is needed for)
         from graphserve.compiler.capture import register_interfaces
 
         register_interfaces()
+        import graphserve.compiler.build  # noqa: F401  (imported here, it is not in the time of what it is needed for)
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

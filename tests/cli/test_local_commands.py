@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import pty
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from graphserve.cli.local_engine import warnings_afterwards
 from graphserve.cli.main import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -157,3 +159,13 @@ def test_a_terminal_gets_bars_and_colours_unless_no_color_is_set(extra: dict[str
     os.close(main_end)
     assert process.wait(60) == 0
     assert (b"\x1b[32m" in seen) == has_color and b"\r\x1b[K" in seen
+
+
+def test_a_warning_waits_for_the_end_of_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("graphserve.runtime")
+    with warnings_afterwards():
+        logger.warning("plain torch goes on")
+        logger.info("not worth a line")
+        assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "plain torch goes on\n"
+    assert not logging.getLogger("graphserve").handlers

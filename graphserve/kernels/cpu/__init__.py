@@ -12,7 +12,6 @@ from graphserve.kernels.cpu.build import (
     build,
     compile_missing,
     load_stored,
-    missing_libraries,
     stored_libraries,
 )
 from graphserve.kernels.cpu.compiler import compiler
@@ -36,7 +35,6 @@ __all__ = [
     "isa_level",
     "compile_missing",
     "load_stored",
-    "missing_libraries",
     "stored_libraries",
     "pack_linear_weight",
     "pack_moe_weights",

@@ -198,11 +198,6 @@ def stored_libraries(kernels: list[CppKernel], store: ArtifactStore) -> dict[str
     return {unit.name: unit.find(store) for unit in _units(kernels)}
 
 
-def missing_libraries(kernels: list[CppKernel], store: ArtifactStore) -> list[str]:
-    """Names of the libraries that :func:`build` would have to compile for ``kernels``. Compiles nothing."""
-    return [name for name, found in stored_libraries(kernels, store).items() if isinstance(found, str)]
-
-
 def _units(kernels: list[CppKernel], any_compiler: bool = False) -> list[_Unit]:
     openmp = openmp_runtime()
     groups: dict[tuple[str, tuple[str, ...]], dict[str, CppKernel]] = {}
