@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graphserve.artifacts.manifest import MANIFEST_NAME
-from graphserve.artifacts.store import QUARANTINE, ArtifactStore, children, remove_stale_temporaries
+from graphserve.artifacts.store import QUARANTINE, ArtifactStore, children, remove_stale_temporaries, why_damaged
 from graphserve.errors import ConfigError
 from graphserve.plan.cache_dir import cache_dir
 from graphserve.progress import format_bytes
@@ -31,7 +31,6 @@ class Entry:
     folder: Path
     num_bytes: int
     used_at: float  # seconds since the epoch
-    is_damaged: bool
 
 
 def parse_size(text: str) -> int:
@@ -96,7 +95,7 @@ def prune(
     total = sum(entry.num_bytes for entry in entries)
     removed: list[Entry] = []
     for entry in sorted(entries, key=lambda entry: entry.used_at):
-        goes_anyway = removes_damaged and entry.is_damaged
+        goes_anyway = removes_damaged and _is_damaged(store, entry)
         if not goes_anyway and (total <= max_bytes or entry.folder in used):
             continue
         if _remove(store.root, entry.folder):
@@ -106,9 +105,12 @@ def prune(
 
 
 def _entries(store: ArtifactStore) -> list[Entry]:
-    readable = {artifact.folder for artifact in store.artifacts()}
     folders = [*store.folders(), *children(store.root / QUARANTINE)]
-    return [Entry(folder, _size(folder), _last_use(folder), folder not in readable) for folder in folders]
+    return [Entry(folder, _size(folder), _last_use(folder)) for folder in folders]
+
+
+def _is_damaged(store: ArtifactStore, entry: Entry) -> bool:
+    return entry.folder.parent == store.root / QUARANTINE or why_damaged(entry.folder) is not None
 
 
 def _size(folder: Path) -> int:
