@@ -257,7 +257,9 @@ class _Unit:
             return "the stored one is damaged"
         if by_other is not None:
             return f"miss: {_other_compiler(by_other.manifest.factors[COMPILER], self.factors[COMPILER])}"
-        return explain_miss(store, KIND, self.factors, same=("family", "isa"))
+        # That there is no compiler is not why a stored library does not serve: any compiler's would.
+        ignoring = () if self.factors[COMPILER] is not None else (COMPILER,)
+        return explain_miss(store, KIND, self.factors, same=("family", "isa"), ignoring=ignoring)
 
     def ensure(self, store: ArtifactStore) -> Artifact:
         """The library in the store, built if need be."""
