@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from graphserve.artifacts.cache_dir import cache_dir
 from graphserve.artifacts.locks import process_lock
-from graphserve.plan.cache_dir import cache_dir
 from graphserve.processors import available_processors
 from graphserve.progress import PhaseEvent, Sink
 

@@ -11,10 +11,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from graphserve.artifacts.cache_dir import cache_dir
 from graphserve.artifacts.manifest import MANIFEST_NAME
 from graphserve.artifacts.store import QUARANTINE, ArtifactStore, children, remove_stale_temporaries, why_damaged
 from graphserve.errors import ConfigError
-from graphserve.plan.cache_dir import cache_dir
 from graphserve.progress import format_bytes
 
 logger = logging.getLogger(__name__)

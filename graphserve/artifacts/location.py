@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from graphserve.artifacts.cache_dir import cache_dir
 from graphserve.artifacts.store import ArtifactStore
 from graphserve.errors import ConfigError
-from graphserve.plan.cache_dir import cache_dir
 
 
 def open_store(named: str | Path | None = None, is_strict: bool = False) -> ArtifactStore:

@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graphserve.artifacts.cache_dir import own_folder
 from graphserve.artifacts.locks import process_lock
 from graphserve.artifacts.manifest import MANIFEST_NAME, FileRecord, Manifest, artifact_key, is_key
 from graphserve.errors import CacheMissError, ConfigError
-from graphserve.plan.cache_dir import own_folder
 
 logger = logging.getLogger(__name__)
 

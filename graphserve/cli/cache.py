@@ -123,12 +123,14 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from graphserve.artifacts.comparison import compare_stores, compare_with_installation
+    from graphserve.artifacts.comparison import compare_stores
 
     with _opened(options.first) as first:
         if next(first.folders(), None) is None:
             raise ConfigError(f"{options.first} has no artifacts: graphserve warmup fills a store")
         if options.second is None:
+            from graphserve.runtime.installation import compare_with_installation
+
             differences = compare_with_installation(first)
         else:
             with _opened(options.second) as second:
@@ -143,7 +145,7 @@ def _diff(options: argparse.Namespace) -> int:
 def _folder(place: str | None, must_exist: bool) -> ArtifactStore:
     """A store that is changed: the user's cache, or a folder."""
     from graphserve.artifacts import ArtifactStore
-    from graphserve.plan.cache_dir import cache_dir
+    from graphserve.artifacts.cache_dir import cache_dir
 
     root = Path(place) if place is not None else cache_dir()
     if must_exist and not root.is_dir():

@@ -48,7 +48,7 @@ def run_process() -> NoReturn:
     except BrokenPipeError:
         status = status or 1
     if "torch" in sys.modules:
-        from graphserve.plan.cache_dir import remove_own_folder
+        from graphserve.artifacts.cache_dir import remove_own_folder
 
         remove_own_folder()
         os._exit(status)

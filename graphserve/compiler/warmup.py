@@ -14,6 +14,7 @@ import torch
 
 from graphserve.artifacts import Artifact, ArtifactStore, open_store
 from graphserve.artifacts.bundle import SUFFIX, export_bundle, import_bundle
+from graphserve.artifacts.cache_dir import cache_dir
 from graphserve.artifacts.eviction import keep_below_limit, limit_bytes
 from graphserve.compiler.warmup_kernels import cpp_kernels, triton_kernels
 from graphserve.compiler.warmup_report import WarmupReport
@@ -29,7 +30,6 @@ from graphserve.models.checkpoint import Checkpoint
 from graphserve.models.converted_tokenizer import conversion_factors
 from graphserve.models.hub import resolve_model
 from graphserve.models.tokenizer import convertible_files, load_tokenizer
-from graphserve.plan.cache_dir import cache_dir
 from graphserve.plan.store import foreseen_layout, load_plan
 from graphserve.progress import phase
 from graphserve.runtime.choices import KIND as CHOICES

@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Protocol
 import msgspec
 
 from graphserve import progress
+from graphserve.artifacts.cache_dir import remove_own_folder
 from graphserve.engine.messages import (
     AbortRequests,
     AddRequest,
@@ -41,7 +42,6 @@ from graphserve.engine.messages import (
     TokenizerSource,
 )
 from graphserve.errors import RequestError
-from graphserve.plan.cache_dir import remove_own_folder
 from graphserve.processors import use_one_blas_thread
 
 logger = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ import torch
 from cpu_kernel_cases import Case, assert_close
 
 from graphserve.artifacts import ArtifactStore
+from graphserve.artifacts.cache_dir import remove_own_folder
 from graphserve.artifacts.difference import explain_miss
 from graphserve.errors import CacheMissError, CompileError, ConfigError
 from graphserve.kernels.cpu import (
@@ -39,7 +40,6 @@ from graphserve.kernels.cpu.build import COMPILER, KIND, LIBRARY_FILE, SOURCE_FI
 from graphserve.kernels.cpu.compiler import compiler_options, compiler_version
 from graphserve.kernels.cpu.isa import check_compilable, machine
 from graphserve.kernels.cpu.kernel import cpp_dim, rows_of
-from graphserve.plan.cache_dir import remove_own_folder
 from graphserve.processors import processor_name
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from graphserve.artifacts import ArtifactStore
+from graphserve.artifacts.cache_dir import remove_own_folder
 from graphserve.models.weight_program import Load, ParameterRule, WeightProgram
-from graphserve.plan.cache_dir import remove_own_folder
 from graphserve.plan.schema import CacheGroup, CacheSpec, Launch, Plan, TensorSpec, WeightPart, WeightSpec
 from graphserve.plan.store import (
     CompiledPlan,

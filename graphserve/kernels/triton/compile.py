@@ -24,10 +24,10 @@ from triton.compiler import ASTSource
 from triton.errors import TritonError
 
 from graphserve.artifacts import ArtifactStore, open_store
+from graphserve.artifacts.cache_dir import own_folder
 from graphserve.kernels.triton.compiled import CompiledKernel, compile_into
 from graphserve.kernels.triton.grid import evaluate, grid_size
 from graphserve.kernels.triton.kernel import TARGETS, TRITON_TYPES, TritonKernel
-from graphserve.plan.cache_dir import own_folder
 
 # What a kernel that does not compile raises.
 COMPILE_ERRORS = (RuntimeError, TritonError)

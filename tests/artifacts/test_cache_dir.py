@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from graphserve.plan.cache_dir import cache_dir, remove_own_folder
+from graphserve.artifacts.cache_dir import cache_dir, remove_own_folder
 
 
 def test_the_named_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +27,7 @@ def unwritable(tmp_path: Path) -> dict[str, str]:
 def test_what_a_process_kept_for_itself_ends_with_it(tmp_path: Path, unwritable: dict[str, str]) -> None:
     code = (
         "from graphserve.artifacts import open_store\n"
-        "from graphserve.plan.cache_dir import cache_dir\n"
+        "from graphserve.artifacts.cache_dir import cache_dir\n"
         "open_store().put('plan', {'config': 'abc'}, {'plan.json': b'{}'}, 'a plan')\n"
         "assert open_store().find('plan', {'config': 'abc'}) is not None\n"
         "print(cache_dir())"
