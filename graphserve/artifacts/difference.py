@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graphserve.artifacts.store import Artifact, ArtifactStore
+from graphserve.artifacts.store import ArtifactStore
 
 _HASH = re.compile(r"[0-9a-f]{32,64}")
 _SHOWN = 3
@@ -23,22 +23,6 @@ def differing_factors(stored: Mapping[str, Any], wanted: Mapping[str, Any], igno
     return phrases
 
 
-def nearest(
-    store: ArtifactStore,
-    kind: str,
-    factors: Mapping[str, Any],
-    same: Sequence[str] = (),
-    ignoring: Sequence[str] = (),
-) -> tuple[Artifact, list[str]] | None:
-    """The stored artifact that differs least, and how; None if none has equal values of the factors in ``same``."""
-    candidates = [
-        (artifact, differing_factors(artifact.manifest.factors, factors, ignoring))
-        for artifact in store.artifacts(kind)
-        if all(artifact.manifest.factors.get(name) == factors.get(name) for name in same)
-    ]
-    return min(candidates, key=lambda item: len(item[1]), default=None)
-
-
 def explain_miss(
     store: ArtifactStore,
     kind: str,
@@ -52,10 +36,14 @@ def explain_miss(
         same: factors without which an artifact has nothing to do with the one that is missed.
         ignoring: factors that are not the reason.
     """
-    found = nearest(store, kind, factors, same, ignoring)
-    if found is None or not found[1]:
+    candidates = (
+        differing_factors(artifact.manifest.factors, factors, ignoring)
+        for artifact in store.artifacts(kind)
+        if all(artifact.manifest.factors.get(name) == factors.get(name) for name in same)
+    )
+    phrases = min(candidates, key=len, default=[])  # of the artifact that differs least
+    if not phrases:
         return "nothing stored for it"
-    phrases = found[1]
     more = f" and {len(phrases) - _SHOWN} more" if len(phrases) > _SHOWN else ""
     return f"miss: {', '.join(phrases[:_SHOWN])}{more}"
 

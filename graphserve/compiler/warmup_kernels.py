@@ -20,8 +20,7 @@ _NUM_BLOCKS = 2  # the size of the KV pool is in no kernel
 
 def cpp_kernels(plan: Plan, config: EngineConfig, level: str) -> list[CppKernel]:
     """The distinct C++ kernels of a plan at an ISA level."""
-    lowered = lower_to_cpp(plan, _kv_cache(plan, config), level, config.deterministic)
-    return list({kernel.key: kernel for kernel in lowered.kernels.values()}.values())
+    return lower_to_cpp(plan, _kv_cache(plan, config), level, config.deterministic).distinct_kernels()
 
 
 def triton_kernels(plan: Plan, config: EngineConfig, target: str) -> list[TritonKernel]:

@@ -196,25 +196,15 @@ class CppBackend:
     Args:
         kernel_plan: from :func:`lower_to_cpp`.
         weights: the runner's weights; packed ones are replaced by shapes without data.
-        store: where compiled libraries are kept.
-        library: the plan's kernels; by default they are taken from the store or built.
+        library: the plan's kernels, compiled.
 
     Attributes:
         table_lens: row length of each cache group's block table.
         choices: how decode steps that are bound from now on run.
-
-    Raises:
-        CompileError: a kernel is not in the store and cannot be compiled.
     """
 
-    def __init__(
-        self,
-        kernel_plan: KernelPlan,
-        weights: dict[str, torch.Tensor],
-        store: ArtifactStore,
-        library: Library | None = None,
-    ) -> None:
-        self.replace_kernels(kernel_plan, library or build_library(kernel_plan, store))
+    def __init__(self, kernel_plan: KernelPlan, weights: dict[str, torch.Tensor], library: Library) -> None:
+        self.replace_kernels(kernel_plan, library)
         with phase("pack weights"):
             self._packed = self._pack(weights)
         self.table_lens: list[int] = []

@@ -212,7 +212,7 @@ class ModelRunner:
         if self._cpp is None:
             # Bound launches hold the plain weights, all of which would stay in memory beside the packed ones.
             self._runner.invalidate()
-            self._cpp = CppBackend(self._kernel_plan, self._weights, self._store, library)
+            self._cpp = CppBackend(self._kernel_plan, self._weights, library)
         else:
             self._cpp.replace_kernels(self._kernel_plan, library)
         self._cpp.table_lens = [self._block_table_len] * len(self.plan.cache_groups)

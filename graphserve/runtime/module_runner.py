@@ -19,7 +19,7 @@ from graphserve.plan.module_plan import ModulePlan, Output, Size
 from graphserve.plan.runner import Binder, PlanRunner, StepSize
 from graphserve.plan.schema import Plan
 from graphserve.plan.symbols import evaluate
-from graphserve.runtime.cpp_backend import CppBackend, lower_to_cpp
+from graphserve.runtime.cpp_backend import CppBackend, build_library, lower_to_cpp
 from graphserve.runtime.kv_cache import KVCache
 from graphserve.runtime.library_calls import LibraryBackend
 
@@ -70,7 +70,7 @@ class ModuleRunner:
         binders: dict[str, Binder] = {"library": LibraryBackend()}
         if compiler() is not None:
             lowered = lower_to_cpp(plan, no_cache)
-            binders["cpp"] = CppBackend(lowered, {}, open_store())
+            binders["cpp"] = CppBackend(lowered, {}, build_library(lowered, open_store()))
             plan = lowered.plan
         launches = [
             msgspec.structs.replace(launch, kind="library", kernel="torch.mm")
