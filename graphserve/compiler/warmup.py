@@ -30,17 +30,17 @@ from graphserve.models.checkpoint import Checkpoint
 from graphserve.models.converted_tokenizer import conversion_factors
 from graphserve.models.hub import resolve_model
 from graphserve.models.tokenizer import convertible_files, load_tokenizer
-from graphserve.plan.store import foreseen_layout, load_plan
+from graphserve.plan.store import foreseen_layouts, load_plan
 from graphserve.progress import phase
 from graphserve.runtime.choices import KIND as CHOICES
 from graphserve.runtime.choices import MeasuredChoices, choice_factors, load_choices, save_choices
 from graphserve.runtime.find_plan import (
     ModelPlan,
-    checkpoint_layout,
+    checkpoint_factors,
     find_or_compile,
     find_or_compile_config,
     folder_factors,
-    plan_factors,
+    layout_of,
     weight_factors,
 )
 from graphserve.runtime.load import find_model, pick_device
@@ -180,10 +180,9 @@ def _plan(
     config: EngineConfig, folder: Path, store: ArtifactStore, check: bool, report: WarmupReport
 ) -> ModelPlan | None:
     checkpoint = _checkpoint(folder)
-    factors = plan_factors(config, folder, checkpoint)
+    factors = checkpoint_factors(store, config, folder, checkpoint)
     had_plan = store.find("plan", factors) is not None
-    layout = _layout(store, factors, checkpoint)
-    had_program = layout is not None and store.find("weights", weight_factors(factors, layout)) is not None
+    programs = _programs(store, factors, checkpoint)
     found: ModelPlan | None
     if check:
         compiled = load_plan(store, factors)
@@ -191,26 +190,24 @@ def _plan(
     else:
         find = find_or_compile if checkpoint is not None else find_or_compile_config
         found = find(config, folder, store)
+    factors = checkpoint_factors(store, config, folder, checkpoint)
     dtype = factors["dtype"]
     if checkpoint is None and config.dtype == "auto" and dtype != "auto":
         dtype += ": config.json names none, and weights in another need --dtype"
     name = f"{config.model} (dtype {dtype}, max_model_len {config.max_model_len})"
     launches = f", {len(found.compiled.plan.launches)} launches" if found is not None else ""
     report.add("plan", f"plan of {name}{launches}", store.find("plan", factors), had_plan)
-    layout = _layout(store, factors, checkpoint)
-    if layout is not None:
-        program = store.find("weights", weight_factors(factors, layout))
-        is_refused = program is None and checkpoint is not None and not check
-        why = ": it depends on the values of this checkpoint's tied weights" if is_refused else ""
-        report.add("weights", f"weight program of {name}{why}", program, had_program)
+    for layout, program in _programs(store, factors, checkpoint).items():
+        report.add("weights", f"weight program of {name}", program, programs.get(layout) is not None)
     return found
 
 
-def _layout(store: ArtifactStore, factors: Mapping[str, Any], checkpoint: Checkpoint | None) -> str | None:
-    """The layout of the checkpoint; without one, that which the stored plan foresees, if any."""
-    if checkpoint is None:
-        return foreseen_layout(store, factors)
-    return checkpoint_layout({name: tuple(entry.shape) for name, entry in checkpoint.tensors.items()})
+def _programs(
+    store: ArtifactStore, factors: Mapping[str, Any], checkpoint: Checkpoint | None
+) -> dict[str, Artifact | None]:
+    """The weight program for the layout of the checkpoint; without one, for those that the stored plan foresees."""
+    layouts = foreseen_layouts(store, factors) if checkpoint is None else [layout_of(checkpoint)]
+    return {layout: store.find("weights", weight_factors(factors, layout)) for layout in layouts}
 
 
 def _checkpoint(folder: Path) -> Checkpoint | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,17 +41,14 @@ RECOMPUTED_TENSORS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn
 
 
 def check_checkpoint(model: PreTrainedModel, model_dir: str | Path) -> WeightProgram:
-    """Match a checkpoint's headers with a model's parameters; no tensor data is read, except for tied pairs.
-
-    A pair that the config ties but that the checkpoint stores twice is compared; when the values differ, the pair is
-    untied in ``model`` (in place) with a warning, as transformers does, so this must run before tracing.
+    """Match a checkpoint's headers with a model's parameters; no tensor data is read.
 
     Args:
         model: the model on the meta device; parameter names, shapes and dtypes are what is expected.
         model_dir: the folder with the safetensors files.
 
     Returns:
-        The program that makes every parameter.
+        The program that makes every parameter, ties as the config says them: see :func:`different_ties`.
 
     Raises:
         CheckpointError: all problems found, the first ten in full: file, tensor, expected and found.
@@ -62,10 +59,6 @@ def check_checkpoint(model: PreTrainedModel, model_dir: str | Path) -> WeightPro
     shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
     conversion = convert_names(model, shapes)
     problems: list[str] = []
-    _untie_different(model, conversion.values, checkpoint)
-
-    rules: dict[str, ParameterRule] = {}
-    aliases: dict[str, str] = {}
     for names, parameter in _parameters(model):
         failed = [f"parameter {name}: {conversion.problems[name]}" for name in names if name in conversion.problems]
         stored = [name for name in names if name in conversion.values]
@@ -75,49 +68,110 @@ def check_checkpoint(model: PreTrainedModel, model_dir: str | Path) -> WeightPro
         if not stored:
             problems.append(_missing_message(names, parameter, checkpoint))
             continue
-        name, value = stored[0], conversion.values[stored[0]]
-        problems.extend(_mismatch(name, value, parameter, checkpoint, shapes))
-        rules[names[0]] = ParameterRule(value, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
-        aliases.update(dict.fromkeys(names[1:], names[0]))
+        for name in stored:
+            problems.extend(_mismatch(name, conversion.values[name], parameter, checkpoint, shapes))
     _raise_problems(problems, checkpoint)
     _report_unused(model, conversion, checkpoint)
     order = {name: position for position, name in enumerate(checkpoint.tensors)}
-    in_file_order = sorted(rules.items(), key=lambda item: order[next(tensors_of(item[1].value))])
-    return WeightProgram(rules=dict(in_file_order), aliases=aliases)
+    return _program(model, conversion.values, order)
 
 
-def foreseen_program(model: PreTrainedModel) -> tuple[WeightProgram, dict[str, Shape]] | None:
-    """The program for the checkpoint that transformers itself would save of ``model``, tied parameters once.
+def different_ties(program: WeightProgram, model_dir: str | Path) -> list[str]:
+    """Names that the config ties to a parameter, but that the checkpoint stores with other values than its own.
 
-    Published checkpoints have that layout (experts apart, a fused QKV, ...) as far as transformers reads them by its
-    conversion mapping. Nothing but names and shapes is read.
+    Like transformers, we load them separately: by :func:`untied_program`, into a model that :func:`untie` has changed
+    before it is traced. Cost: reads both of every pair that is stored twice.
+
+    Raises:
+        CheckpointError: a file changed after the check.
+    """
+    if not program.stored_twice:
+        return []
+    checkpoint = Checkpoint.open(model_dir)
+    _raise_problems(checkpoint.problems, checkpoint)
+    return sorted(
+        name
+        for name, rule in program.stored_twice.items()
+        if not _has_equal_values(rule, program.rules[program.aliases[name]], checkpoint)
+    )
+
+
+def untied_program(program: WeightProgram, names: Collection[str], model_dir: str | Path) -> WeightProgram:
+    """``program.untied(names)``, with a warning for each name."""
+    for name in names:
+        logger.warning(
+            "%s: config ties %s to %s but the checkpoint holds different values: they are loaded separately",
+            model_dir, name, program.aliases[name],
+        )  # fmt: skip
+    return program.untied(names)
+
+
+def untie(model: PreTrainedModel, names: Collection[str]) -> None:
+    """Make further names of tied parameters parameters of their own, in place."""
+    import torch
+
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        parameter = model.get_parameter(name)
+        fresh = torch.nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
+        setattr(model.get_submodule(owner), leaf, fresh)
+
+
+def foreseen_programs(model: PreTrainedModel) -> list[tuple[WeightProgram, dict[str, Shape]]]:
+    """The programs for the checkpoints that can be expected of ``model``.
+
+    The first is for the one that transformers itself would save, tied parameters once. Published checkpoints have that
+    layout (experts apart, a fused QKV, ...) as far as transformers reads them by its conversion mapping. Some store
+    tied parameters under every name, which is the second. Nothing but names and shapes is read.
 
     Args:
         model: the model on the meta device.
 
     Returns:
-        The program, and the layout as shapes by tensor name; None if our own conversion cannot make every parameter
-        from it.
+        The programs, each with its layout as shapes by tensor name; none if our own conversion cannot make every
+        parameter from the first.
     """
+    parameters = _parameters(model)
+    once = _foreseen(model, {names[0]: parameter.detach() for names, parameter in parameters})
+    if once is None:
+        return []
+    has_ties = any(len(names) > 1 for names, _ in parameters)
+    every = {name: parameter.detach() for names, parameter in parameters for name in names}
+    twice = _foreseen(model, every) if has_ties else None
+    return [once] if twice is None else [once, twice]
+
+
+def _foreseen(model: PreTrainedModel, saved: dict[str, torch.Tensor]) -> tuple[WeightProgram, dict[str, Shape]] | None:
     from transformers.core_model_loading import revert_weight_conversion
 
-    parameters = _parameters(model)
-    saved = revert_weight_conversion(model, {names[0]: parameter.detach() for names, parameter in parameters})
-    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    stored = revert_weight_conversion(model, saved)
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     conversion = convert_names(model, shapes)
-    rules, aliases = {}, {}
-    for names, parameter in parameters:
-        value = conversion.values.get(names[0])
-        if value is None or shape_of(value, shapes) != tuple(parameter.shape):
+    for name, tensor in saved.items():
+        value = conversion.values.get(name)
+        if value is None or shape_of(value, shapes) != tuple(tensor.shape):
             return None
-        rules[names[0]] = ParameterRule(value, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+    return None if conversion.problems else (_program(model, conversion.values), shapes)
+
+
+def _program(
+    model: PreTrainedModel, values: dict[str, Expression], order: dict[str, int] | None = None
+) -> WeightProgram:
+    """The program of a model each of whose parameters has a value under one of its names at least."""
+    rules: dict[str, ParameterRule] = {}
+    aliases: dict[str, str] = {}
+    stored_twice: dict[str, ParameterRule] = {}
+    for names, parameter in _parameters(model):
+        shape, dtype = tuple(parameter.shape), str(parameter.dtype).removeprefix("torch.")
+        first, *others = [name for name in names if name in values]
+        rules[names[0]] = ParameterRule(values[first], shape, dtype)
         aliases.update(dict.fromkeys(names[1:], names[0]))
-    return None if conversion.problems else (WeightProgram(rules=rules, aliases=aliases), shapes)
-
-
-def tied_names(model: PreTrainedModel) -> set[str]:
-    """Every further name of a parameter that has several."""
-    return {name for names, _ in _parameters(model) for name in names[1:]}
+        for name in others:
+            if values[name] != values[first]:
+                stored_twice[name] = ParameterRule(values[name], shape, dtype)
+    if order is not None:
+        rules = dict(sorted(rules.items(), key=lambda item: order[next(tensors_of(item[1].value))]))
+    return WeightProgram(rules=rules, aliases=aliases, stored_twice=stored_twice)
 
 
 def load_parameters(
@@ -135,7 +189,10 @@ def load_parameters(
     Raises:
         CheckpointError: as check_checkpoint; or a file changed after the check.
     """
-    return run_program(check_checkpoint(model, model_dir), model_dir, progress)
+    program = check_checkpoint(model, model_dir)
+    untied = different_ties(program, model_dir)
+    untie(model, untied)
+    return run_program(untied_program(program, untied, model_dir), model_dir, progress)
 
 
 def run_program(
@@ -233,27 +290,13 @@ def _parameters(model: PreTrainedModel) -> list[tuple[list[str], torch.Tensor]]:
     return list(by_identity.values())
 
 
-def _untie_different(model: PreTrainedModel, values: dict[str, Expression], checkpoint: Checkpoint) -> None:
-    """Untie parameters whose names are all in the checkpoint with unequal values."""
+def _has_equal_values(rule: ParameterRule, other: ParameterRule, checkpoint: Checkpoint) -> bool:
     import torch
 
-    for names, parameter in _parameters(model):
-        stored = [name for name in names if name in values]
-        for name in stored[1:]:
-            first, other = values[stored[0]], values[name]
-            if first == other or (
-                isinstance(first, Load) and isinstance(other, Load) and _equal(checkpoint, first.tensor, other.tensor)
-            ):
-                continue
-            logger.warning(
-                "%s: config ties %s to %s but the checkpoint holds different values: they are loaded separately",
-                checkpoint.directory,
-                name,
-                stored[0],
-            )
-            owner, _, leaf = name.rpartition(".")
-            fresh = torch.nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
-            setattr(model.get_submodule(owner), leaf, fresh)
+    if isinstance(rule.value, Load) and isinstance(other.value, Load):
+        return _equal(checkpoint, rule.value.tensor, other.value.tensor)
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    return torch.equal(evaluate(rule, checkpoint, shapes), evaluate(other, checkpoint, shapes))
 
 
 def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:

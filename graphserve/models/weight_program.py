@@ -8,7 +8,7 @@ tree can be evaluated straight into the parameter's own memory, and its shape fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -84,11 +84,24 @@ class ParameterRule(msgspec.Struct, frozen=True):
 class WeightProgram(msgspec.Struct, frozen=True):
     """Rules by parameter name, in the order of the checkpoint's files, and further names of tied parameters.
 
-    Invariant: ``aliases`` values are keys of ``rules``; a name is in one of the two, never in both.
+    ``stored_twice`` has a rule for every further name that is in the checkpoint as well. Only the values say whether
+    it is the parameter that the model ties it to; where it is not, the program is :meth:`untied` of it.
+
+    Invariant: ``aliases`` values are keys of ``rules``; a name is in one of the two, never in both; the keys of
+    ``stored_twice`` are in ``aliases``.
     """
 
     rules: dict[str, ParameterRule]
     aliases: dict[str, str] = {}
+    stored_twice: dict[str, ParameterRule] = {}
+
+    def untied(self, names: Collection[str]) -> WeightProgram:
+        """The program in which some of ``stored_twice`` are parameters of their own."""
+        return WeightProgram(
+            rules={**self.rules, **{name: self.stored_twice[name] for name in names}},
+            aliases={name: first for name, first in self.aliases.items() if name not in names},
+            stored_twice={name: rule for name, rule in self.stored_twice.items() if name not in names},
+        )
 
     @property
     def num_bytes(self) -> int:

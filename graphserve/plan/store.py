@@ -5,14 +5,14 @@
     weights  weights.json           how checkpoint tensors become parameters
 
 Both are readable. A plan follows from ``config.json``; the weight program also from the names and shapes of the
-checkpoint's tensors. A plan's manifest says for which of these a program can be foreseen.
+checkpoint's tensors. A plan's manifest says for which of these programs can be foreseen.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PLAN_FILE, CONSTANTS_FILE, WEIGHTS_FILE = "plan.json", "constants.safetensors", "weights.json"
-FORESEEN_LAYOUT = "foreseen checkpoint layout"  # the fact in a plan's manifest
+FORESEEN_LAYOUTS = "foreseen checkpoint layouts"  # the fact in a plan's manifest
 
 # Sources that decide what a plan says; those of the kernels themselves have keys of their own.
 _SOURCE_FOLDERS = ("compiler", "passes", "kernels", "plan", "models")
@@ -74,23 +74,23 @@ def load_plan(store: ArtifactStore, factors: Mapping[str, Any]) -> CompiledPlan 
     return CompiledPlan(plan, load(artifact.read(CONSTANTS_FILE)))
 
 
-def foreseen_layout(store: ArtifactStore, factors: Mapping[str, Any]) -> str | None:
-    """What :func:`save_plan` was told of the checkpoint layout; None also if there is no such plan."""
+def foreseen_layouts(store: ArtifactStore, factors: Mapping[str, Any]) -> list[str]:
+    """What :func:`save_plan` was told of checkpoint layouts; none also if there is no such plan."""
     artifact = store.find("plan", factors)
-    return None if artifact is None else artifact.manifest.built[FORESEEN_LAYOUT]
+    return [] if artifact is None else artifact.manifest.built[FORESEEN_LAYOUTS]
 
 
 def save_plan(
     store: ArtifactStore,
     factors: Mapping[str, Any],
     compiled: CompiledPlan,
-    layout: str | None = None,
+    layouts: Sequence[str] = (),
     seconds: float = 0.0,
 ) -> Artifact | None:
     """Store a plan; None if nothing could be written (said in the log).
 
     Args:
-        layout: digest of the checkpoint layout that follows from the config; None if none does.
+        layouts: digests of the checkpoint layouts that can be expected from the config.
         seconds: what making it took.
     """
     from safetensors.torch import save
@@ -101,7 +101,7 @@ def save_plan(
         CONSTANTS_FILE: save(compiled.constants),
     }
     label = f"{model.get('architecture', 'model')}, {model.get('num_layers', '?')} layers, {model.get('dtype', '?')}"
-    return _put(store, "plan", factors, files, label, {FORESEEN_LAYOUT: layout, SECONDS: round(seconds, 3)})
+    return _put(store, "plan", factors, files, label, {FORESEEN_LAYOUTS: list(layouts), SECONDS: round(seconds, 3)})
 
 
 def load_weight_program(store: ArtifactStore, factors: Mapping[str, Any]) -> WeightProgram | None:
@@ -114,7 +114,8 @@ def load_weight_program(store: ArtifactStore, factors: Mapping[str, Any]) -> Wei
 
 def save_weight_program(store: ArtifactStore, factors: Mapping[str, Any], program: WeightProgram) -> Artifact | None:
     """Store a weight program; None if nothing could be written (said in the log)."""
-    label = f"weight program of {len(program.rules)} parameters"
+    twice = f", {len(program.stored_twice)} stored twice" if program.stored_twice else ""
+    label = f"weight program of {len(program.rules)} parameters{twice}"
     return _put(store, "weights", factors, {WEIGHTS_FILE: msgspec.json.encode(program)}, label, {SECONDS: 0.0})
 
 

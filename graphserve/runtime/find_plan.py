@@ -19,9 +19,10 @@ from graphserve.config import EngineConfig
 from graphserve.errors import ConfigError
 from graphserve.models.checkpoint import FLOAT_DTYPES, Checkpoint
 from graphserve.models.config import DTYPE_NAMES, read_config_json
+from graphserve.models.weight_loading import different_ties, untied_program
 from graphserve.plan.store import (
     CompiledPlan,
-    foreseen_layout,
+    foreseen_layouts,
     load_plan,
     load_weight_program,
     save_plan,
@@ -50,7 +51,7 @@ class ModelPlan:
 def plan_factors(config: EngineConfig, folder: Path, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Everything a stored plan depends on: no weights, and nothing of the device, the pool or the step sizes.
 
-    ``untied`` is empty here: a checkpoint that stores a tied pair with different values changes the model.
+    ``untied`` is empty here; :func:`checkpoint_factors` knows the names that a checkpoint unties.
     """
     model_config = read_config_json(folder)
     dtype = DTYPE_NAMES.get(config.dtype, config.dtype)
@@ -67,6 +68,18 @@ def plan_factors(config: EngineConfig, folder: Path, checkpoint: Checkpoint | No
     }
 
 
+def checkpoint_factors(
+    store: ArtifactStore, config: EngineConfig, folder: Path, checkpoint: Checkpoint | None
+) -> dict[str, Any]:
+    """:func:`plan_factors` with the names that the checkpoint unties, as far as a stored weight program tells them."""
+    factors = plan_factors(config, folder, checkpoint)
+    if checkpoint is not None:
+        program = load_weight_program(store, weight_factors(factors, layout_of(checkpoint)))
+        if program is not None:
+            factors["untied"] = different_ties(program, folder)
+    return factors
+
+
 def folder_factors(config: EngineConfig, folder: Path) -> dict[str, Any]:
     """What a plan depends on, whether a folder holds a checkpoint or a config only."""
     try:
@@ -81,6 +94,11 @@ def checkpoint_layout(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return _digest(sorted((name, list(shape)) for name, shape in shapes.items()))
 
 
+def layout_of(checkpoint: Checkpoint) -> str:
+    """:func:`checkpoint_layout` of a checkpoint."""
+    return checkpoint_layout(_shapes(checkpoint))
+
+
 def weight_factors(plan: Mapping[str, Any], layout: str) -> dict[str, Any]:
     """Everything a stored weight program depends on: names and shapes of the stored tensors, not their values.
 
@@ -92,10 +110,12 @@ def weight_factors(plan: Mapping[str, Any], layout: str) -> dict[str, Any]:
     return {**{name: plan[name] for name in names}, "checkpoint layout": layout}
 
 
-def _stored(store: ArtifactStore, factors: Mapping[str, Any], checkpoint: Checkpoint) -> ModelPlan | None:
-    program = load_weight_program(store, weight_factors(factors, checkpoint_layout(_shapes(checkpoint))))
+def _stored(store: ArtifactStore, factors: Mapping[str, Any], folder: Path, checkpoint: Checkpoint) -> ModelPlan | None:
+    program = load_weight_program(store, weight_factors(factors, layout_of(checkpoint)))
     compiled = load_plan(store, factors) if program is not None else None
-    return None if compiled is None else ModelPlan(compiled, program)
+    if program is None or compiled is None:
+        return None
+    return ModelPlan(compiled, untied_program(program, factors["untied"], folder))
 
 
 def find_or_compile(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
@@ -106,8 +126,8 @@ def find_or_compile(config: EngineConfig, folder: Path, store: ArtifactStore) ->
     """
     with phase("find stored plan") as work:
         checkpoint = Checkpoint.open(folder)
-        factors = plan_factors(config, folder, checkpoint)
-        found = _stored(store, factors, checkpoint)
+        factors = checkpoint_factors(store, config, folder, checkpoint)
+        found = _stored(store, factors, folder, checkpoint)
         missing = None if found is not None else _missing(store, factors, config.model)
         work.note = "found" if missing is None else missing.why
     if missing is None:
@@ -115,7 +135,8 @@ def find_or_compile(config: EngineConfig, folder: Path, store: ArtifactStore) ->
         return found
     with store.lock("plan", factors):
         # Another process may have made it while this one waited.
-        return _stored(store, factors, checkpoint) or _compile_checkpoint(config, folder, store, missing)
+        factors = checkpoint_factors(store, config, folder, checkpoint)
+        return _stored(store, factors, folder, checkpoint) or _compile_checkpoint(config, folder, store, missing)
 
 
 def find_or_compile_config(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
@@ -146,11 +167,12 @@ def _missing(store: ArtifactStore, factors: Mapping[str, Any], model: str) -> _M
 
 
 def _stored_config(store: ArtifactStore, factors: Mapping[str, Any]) -> ModelPlan | None:
-    compiled, layout = load_plan(store, factors), foreseen_layout(store, factors)
-    program = load_weight_program(store, weight_factors(factors, layout)) if layout is not None else None
-    if compiled is None or (layout is not None and program is None):
+    compiled = load_plan(store, factors)
+    layouts = foreseen_layouts(store, factors)
+    programs = [load_weight_program(store, weight_factors(factors, layout)) for layout in layouts]
+    if compiled is None or None in programs:
         return None
-    return ModelPlan(compiled, program)
+    return ModelPlan(compiled, programs[0] if programs else None)
 
 
 def build_meta(config: EngineConfig, folder: Path, stored: torch.dtype | None) -> tuple[Any, int]:
@@ -190,21 +212,18 @@ def _compile_checkpoint(config: EngineConfig, folder: Path, store: ArtifactStore
     store.begin_build(*missing)
     _import_transformers()
     with phase("check weights"):
-        from graphserve.models.weight_loading import check_checkpoint, foreseen_program, stored_dtype, tied_names
+        from graphserve.models.weight_loading import check_checkpoint, foreseen_programs, stored_dtype, untie
 
         checkpoint = Checkpoint.open(folder)
         meta, max_model_len = build_meta(config, folder, stored_dtype(folder))
-        tied = tied_names(meta)
+        foreseen = foreseen_programs(meta)
         program = check_checkpoint(meta, folder)
-        factors = plan_factors(config, folder, checkpoint)
-        factors["untied"] = sorted(tied - tied_names(meta))
-    # A tied pair that is stored twice was compared by value, which says nothing of another checkpoint.
-    if not set(checkpoint.tensors).intersection(program.aliases) and not factors["untied"]:
-        save_weight_program(store, weight_factors(factors, checkpoint_layout(_shapes(checkpoint))), program)
-    compiled = load_plan(store, factors) or _compile_and_save(
-        meta, max_model_len, config, factors, foreseen_program(meta), store
-    )
-    return ModelPlan(compiled, program)
+        untied = different_ties(program, folder)
+        untie(meta, untied)
+    factors = {**plan_factors(config, folder, checkpoint), "untied": untied}
+    _save_programs(store, factors, [(program, _shapes(checkpoint)), *foreseen])
+    compiled = load_plan(store, factors) or _compile_and_save(meta, max_model_len, config, factors, foreseen, store)
+    return ModelPlan(compiled, untied_program(program, untied, folder))
 
 
 def _compile_config(
@@ -212,16 +231,13 @@ def _compile_config(
 ) -> ModelPlan:
     store.begin_build(*missing)
     _import_transformers()
-    from graphserve.models.weight_loading import foreseen_program
+    from graphserve.models.weight_loading import foreseen_programs
 
     meta, max_model_len = build_meta(config, folder, None)
-    foreseen = foreseen_program(meta)
+    foreseen = foreseen_programs(meta)
     compiled = load_plan(store, factors) or _compile_and_save(meta, max_model_len, config, factors, foreseen, store)
-    if foreseen is None:
-        return ModelPlan(compiled, None)
-    program, shapes = foreseen
-    save_weight_program(store, weight_factors(factors, checkpoint_layout(shapes)), program)
-    return ModelPlan(compiled, program)
+    _save_programs(store, factors, foreseen)
+    return ModelPlan(compiled, foreseen[0][0] if foreseen else None)
 
 
 def _compile_and_save(
@@ -229,16 +245,27 @@ def _compile_and_save(
     max_model_len: int,
     config: EngineConfig,
     factors: Mapping[str, Any],
-    foreseen: tuple[WeightProgram, dict[str, Shape]] | None,
+    foreseen: list[tuple[WeightProgram, dict[str, Shape]]],
     store: ArtifactStore,
 ) -> CompiledPlan:
     begin = time.monotonic()
     built = compile_model(meta, max_model_len, quantization=config.quantization)
     compiled = CompiledPlan(built.plan, built.constants)
     with phase("store plan"):
-        layout = checkpoint_layout(foreseen[1]) if foreseen is not None else None
-        save_plan(store, factors, compiled, layout, time.monotonic() - begin)
+        layouts = [checkpoint_layout(shapes) for _, shapes in foreseen]
+        save_plan(store, factors, compiled, layouts, time.monotonic() - begin)
     return compiled
+
+
+def _save_programs(
+    store: ArtifactStore, factors: Mapping[str, Any], programs: list[tuple[WeightProgram, dict[str, Shape]]]
+) -> None:
+    """Store a program for each layout, the first of several for one."""
+    by_layout: dict[str, WeightProgram] = {}
+    for program, shapes in programs:
+        by_layout.setdefault(checkpoint_layout(shapes), program)
+    for layout, program in by_layout.items():
+        save_weight_program(store, weight_factors(factors, layout), program)
 
 
 def _import_transformers() -> None:
@@ -249,7 +276,7 @@ def _import_transformers() -> None:
         import graphserve.compiler.build  # noqa: F401  (imported here, it is not in the time of what it is needed for)
 
 
-def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def _shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
     return {name: tuple(entry.shape) for name, entry in checkpoint.tensors.items()}
 
 

@@ -23,8 +23,9 @@ from graphserve.models.config import load_config
 from graphserve.models.meta_model import build_meta_model, non_persistent_buffers
 from graphserve.models.weight_loading import (
     check_checkpoint,
+    different_ties,
     dummy_parameters,
-    foreseen_program,
+    foreseen_programs,
     load_parameters,
     run_program,
     stored_dtype,
@@ -128,9 +129,7 @@ def test_a_published_layout_loads_like_transformers(name: str, dtype: torch.dtyp
 @pytest.mark.parametrize("name", [*PUBLISHED, *OWN_LAYOUT])
 def test_the_layout_and_program_of_a_checkpoint_are_foreseen_from_its_config(name: str, tmp_path: Path) -> None:
     save_tiny(name, tmp_path)
-    foreseen = foreseen_program(meta(tmp_path))
-    assert foreseen is not None
-    program, shapes = foreseen
+    program, shapes = foreseen_programs(meta(tmp_path))[0]
     stored = {tensor: entry.shape for tensor, entry in Checkpoint.open(tmp_path).tensors.items()}
     assert shapes == stored
     assert_same_values(dict(run_program(program, tmp_path)), dict(load_parameters(meta(tmp_path), tmp_path)))
@@ -308,6 +307,19 @@ def test_a_tied_head_loads_under_either_name_or_both(change: Callable[[Tensors],
     edit(tmp_path, change)
     found = dict(load_parameters(meta(tmp_path), tmp_path))
     assert found[EMBED] is found[HEAD] and torch.equal(found[EMBED], expected)
+
+
+def test_a_tied_head_is_foreseen_once_and_twice(tmp_path: Path) -> None:
+    expected = save_tied(tmp_path)
+    for change in (lambda tensors: None, _store_both):
+        edit(tmp_path, change)
+        stored = {name: entry.shape for name, entry in Checkpoint.open(tmp_path).tensors.items()}
+        (program,) = [program for program, shapes in foreseen_programs(meta(tmp_path)) if shapes == stored]
+        assert set(program.stored_twice) == {HEAD} & set(stored) and program.aliases == {HEAD: EMBED}
+        found = dict(run_program(program, tmp_path))
+        assert found[EMBED] is found[HEAD] and torch.equal(found[EMBED], expected)
+    edit(tmp_path, lambda tensors: tensors[HEAD][0, 0].add_(1))
+    assert different_ties(program, tmp_path) == [HEAD]
 
 
 def test_a_tied_head_under_neither_name_is_missing(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Loading: compiled once, found again, and a damaged or foreign plan never used."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from graphserve.artifacts import ArtifactStore
 from graphserve.compiler.warmup import run_warmup
@@ -26,6 +28,7 @@ from graphserve.runtime.find_plan import (
     ModelPlan,
     checkpoint_layout,
     find_or_compile,
+    find_or_compile_config,
     plan_factors,
     weight_factors,
 )
@@ -65,6 +68,36 @@ def test_a_start_that_compiles_keeps_the_cache_of_the_user_below_its_limit(
 def test_a_strict_store_compiles_no_plan(tmp_path: Path) -> None:
     with pytest.raises(CacheMissError, match="the plan of demo"):
         find_or_compile(EngineConfig(), demo_path(), ArtifactStore(tmp_path, is_strict=True))
+
+
+def test_a_tied_pair_that_is_stored_twice_is_compared_at_each_start_and_compiled_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, root = tmp_path / "model", tmp_path / "store"
+    shutil.copytree(demo_path(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    tensors = load_file(folder / "model.safetensors")
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    same, other = tensors[embed].clone(), tensors[embed].flip(0)
+    find_or_compile_config(EngineConfig(), folder, ArtifactStore(root))
+    strict = ArtifactStore(root, is_strict=True)
+    for step, value in enumerate((same, other, same, other)):
+        save_file({**tensors, head: value}, folder / "model.safetensors")
+        caplog.clear()
+        if step == 1:
+            with pytest.raises(CacheMissError, match="the plan of demo"):
+                find_or_compile(EngineConfig(), folder, strict)
+            find_or_compile(EngineConfig(), folder, ArtifactStore(root))
+            caplog.clear()
+        found = find_or_compile(EngineConfig(), folder, strict)
+        assert found.weight_program is not None
+        assert caplog.text.count("holds different values") == (value is other)
+        values = dict(run_program(found.weight_program, folder))
+        assert torch.equal(values[head], value) and torch.equal(values[embed], tensors[embed])
+        assert (values[head] is values[embed]) == (value is same)
+        loaded = {part.parameter for weight in found.compiled.plan.weights.values() for part in weight.parts}
+        assert (head in loaded) == (value is other)
 
 
 @pytest.mark.parametrize("option", [{"dtype": "bfloat16"}, {"max_model_len": 64}, {"quantization": "int8_w8a8"}])
