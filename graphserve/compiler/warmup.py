@@ -36,11 +36,12 @@ from graphserve.runtime.choices import KIND as CHOICES
 from graphserve.runtime.choices import MeasuredChoices, choice_factors, load_choices, save_choices
 from graphserve.runtime.find_plan import (
     ModelPlan,
-    checkpoint_factors,
     find_or_compile,
     find_or_compile_config,
     folder_factors,
+    known_program,
     layout_of,
+    plan_factors,
     weight_factors,
 )
 from graphserve.runtime.load import find_model, pick_device
@@ -180,34 +181,46 @@ def _plan(
     config: EngineConfig, folder: Path, store: ArtifactStore, check: bool, report: WarmupReport
 ) -> ModelPlan | None:
     checkpoint = _checkpoint(folder)
-    factors = checkpoint_factors(store, config, folder, checkpoint)
-    had_plan = store.find("plan", factors) is not None
-    programs = _programs(store, factors, checkpoint)
+    factors: Mapping[str, Any] = plan_factors(config, folder, checkpoint)
+    if checkpoint is not None:
+        factors, _ = known_program(store, factors, folder, checkpoint)
+    plan_before = store.find("plan", factors)
+    programs_before = _programs(store, factors, checkpoint)
     found: ModelPlan | None
     if check:
         compiled = load_plan(store, factors)
-        found = ModelPlan(compiled, None) if compiled is not None else None
+        found = ModelPlan(compiled, factors, None) if compiled is not None else None
     else:
         find = find_or_compile if checkpoint is not None else find_or_compile_config
         found = find(config, folder, store)
-    factors = checkpoint_factors(store, config, folder, checkpoint)
+        factors = found.factors
     dtype = factors["dtype"]
     if checkpoint is None and config.dtype == "auto" and dtype != "auto":
         dtype += ": config.json names none, and weights in another need --dtype"
     name = f"{config.model} (dtype {dtype}, max_model_len {config.max_model_len})"
     launches = f", {len(found.compiled.plan.launches)} launches" if found is not None else ""
-    report.add("plan", f"plan of {name}{launches}", store.find("plan", factors), had_plan)
+    plan = store.find("plan", factors)
+    # By the key: what a checkpoint unties, and so which plan it needs, may have come out just now.
+    had_plan = plan is not None and plan_before is not None and plan.manifest.key == plan_before.manifest.key
+    report.add("plan", f"plan of {name}{launches}", plan, had_plan)
     for layout, program in _programs(store, factors, checkpoint).items():
-        report.add("weights", f"weight program of {name}", program, programs.get(layout) is not None)
+        what = f"weight program of {name} for checkpoint layout {layout[:8]}"
+        report.add("weights", what, program, programs_before.get(layout) is not None)
     return found
 
 
 def _programs(
     store: ArtifactStore, factors: Mapping[str, Any], checkpoint: Checkpoint | None
 ) -> dict[str, Artifact | None]:
-    """The weight program for the layout of the checkpoint; without one, for those that the stored plan foresees."""
-    layouts = foreseen_layouts(store, factors) if checkpoint is None else [layout_of(checkpoint)]
-    return {layout: store.find("weights", weight_factors(factors, layout)) for layout in layouts}
+    """The weight programs by layout: those that the stored plan foresees, None where one is missing.
+
+    With a checkpoint that of its own layout, and of those foreseen what there is: a start needs no other, but the
+    config alone does.
+    """
+    layouts = foreseen_layouts(store, factors)
+    own = {layout_of(checkpoint)} if checkpoint is not None else set(layouts)
+    found = {layout: store.find("weights", weight_factors(factors, layout)) for layout in own.union(layouts)}
+    return {layout: found[layout] for layout in sorted(found) if layout in own or found[layout] is not None}
 
 
 def _checkpoint(folder: Path) -> Checkpoint | None:

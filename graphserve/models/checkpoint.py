@@ -41,6 +41,7 @@ TORCH_DTYPES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+INTEGER_DTYPES = frozenset(TORCH_DTYPES) - FLOAT_DTYPES
 
 
 class TensorEntry(msgspec.Struct, frozen=True):

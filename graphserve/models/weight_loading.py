@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphserve.errors import CheckpointError
-from graphserve.models.checkpoint import FLOAT_DTYPES, TORCH_DTYPES, Checkpoint
+from graphserve.models.checkpoint import FLOAT_DTYPES, INTEGER_DTYPES, TORCH_DTYPES, Checkpoint
 from graphserve.models.conversion import ConversionResult, convert_names
 from graphserve.models.progress import Progress, no_progress
 from graphserve.models.weight_program import (
@@ -69,7 +69,9 @@ def check_checkpoint(model: PreTrainedModel, model_dir: str | Path) -> WeightPro
             problems.append(_missing_message(names, parameter, checkpoint))
             continue
         for name in stored:
-            problems.extend(_mismatch(name, conversion.values[name], parameter, checkpoint, shapes))
+            value = conversion.values[name]
+            problems.extend(_mismatch(name, value, parameter, checkpoint, shapes))
+            problems.extend(_wrong_dtypes(_rule(value, parameter), checkpoint))
     _raise_problems(problems, checkpoint)
     _report_unused(model, conversion, checkpoint)
     order = {name: position for position, name in enumerate(checkpoint.tensors)}
@@ -89,11 +91,15 @@ def different_ties(program: WeightProgram, model_dir: str | Path) -> list[str]:
         return []
     checkpoint = Checkpoint.open(model_dir)
     _raise_problems(checkpoint.problems, checkpoint)
-    return sorted(
-        name
-        for name, rule in program.stored_twice.items()
-        if not _has_equal_values(rule, program.rules[program.aliases[name]], checkpoint)
+    pairs = {name: (program.rules[program.aliases[name]], rule) for name, rule in program.stored_twice.items()}
+    _raise_problems(
+        [problem for pair in pairs.values() for rule in pair for problem in _wrong_dtypes(rule, checkpoint)], checkpoint
     )
+    return sorted(name for name, (first, other) in pairs.items() if not _has_equal_values(first, other, checkpoint))
+
+
+def _rule(value: Expression, parameter: torch.Tensor) -> ParameterRule:
+    return ParameterRule(value, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
 
 
 def untied_program(program: WeightProgram, names: Collection[str], model_dir: str | Path) -> WeightProgram:
@@ -162,13 +168,12 @@ def _program(
     aliases: dict[str, str] = {}
     stored_twice: dict[str, ParameterRule] = {}
     for names, parameter in _parameters(model):
-        shape, dtype = tuple(parameter.shape), str(parameter.dtype).removeprefix("torch.")
         first, *others = [name for name in names if name in values]
-        rules[names[0]] = ParameterRule(values[first], shape, dtype)
+        rules[names[0]] = _rule(values[first], parameter)
         aliases.update(dict.fromkeys(names[1:], names[0]))
         for name in others:
             if values[name] != values[first]:
-                stored_twice[name] = ParameterRule(values[name], shape, dtype)
+                stored_twice[name] = _rule(values[name], parameter)
     if order is not None:
         rules = dict(sorted(rules.items(), key=lambda item: order[next(tensors_of(item[1].value))]))
     return WeightProgram(rules=rules, aliases=aliases, stored_twice=stored_twice)
@@ -183,8 +188,8 @@ def load_parameters(
     The check runs at the call, not at the first item.
 
     Yields:
-        ``(name, tensor)``: CPU tensors that own their memory, in file order. The further names of a tied parameter
-        follow it with the same tensor.
+        ``(name, tensor)``: CPU tensors that own their memory, in file order but for what is untied. The further
+        names of a tied parameter follow it with the same tensor.
 
     Raises:
         CheckpointError: as check_checkpoint; or a file changed after the check.
@@ -204,6 +209,8 @@ def run_program(
     needed = {tensor for rule in program.rules.values() for tensor in tensors_of(rule.value)}
     missing = sorted(needed - checkpoint.tensors.keys())
     _raise_problems([f"tensor {name} is missing: it was there when the plan was made" for name in missing], checkpoint)
+    # A stored program was made for these names and shapes, but maybe for a checkpoint with other dtypes.
+    _raise_problems([text for rule in program.rules.values() for text in _wrong_dtypes(rule, checkpoint)], checkpoint)
     shapes = {name: checkpoint.tensors[name].shape for name in needed}
     return _stream(program, checkpoint, shapes, progress)
 
@@ -291,35 +298,32 @@ def _parameters(model: PreTrainedModel) -> list[tuple[list[str], torch.Tensor]]:
 
 
 def _has_equal_values(rule: ParameterRule, other: ParameterRule, checkpoint: Checkpoint) -> bool:
+    """Whether two parameters are the same once they are loaded."""
     import torch
 
-    if isinstance(rule.value, Load) and isinstance(other.value, Load):
-        return _equal(checkpoint, rule.value.tensor, other.value.tensor)
-    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
-    return torch.equal(evaluate(rule, checkpoint, shapes), evaluate(other, checkpoint, shapes))
-
-
-def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    a, b = checkpoint.tensors[first], checkpoint.tensors[second]
-    if a.shape != b.shape or a.dtype != b.dtype or not a.shape:
-        return a.shape == b.shape and bool((checkpoint.read(first) == checkpoint.read(second)).all())
-    rows = max(1, (64 << 20) // max(1, a.nbytes // a.shape[0]))  # 64 MiB a piece: embeddings can be gigabytes
-    for start in range(0, a.shape[0], rows):
-        count = min(rows, a.shape[0] - start)
-        if not bool((checkpoint.read(first, start, count) == checkpoint.read(second, start, count)).all()):
+    if not (isinstance(rule.value, Load) and isinstance(other.value, Load) and rule.shape):
+        shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+        return torch.equal(evaluate(rule, checkpoint, shapes), evaluate(other, checkpoint, shapes))
+    tensors, dtype = (rule.value.tensor, other.value.tensor), getattr(torch, rule.dtype)
+    rows = max(1, (64 << 20) // max(1, rule.num_bytes // rule.shape[0]))  # 64 MiB a piece: they can be gigabytes
+    for start in range(0, rule.shape[0], rows):
+        count = min(rows, rule.shape[0] - start)
+        first, second = (checkpoint.read(tensor, start, count).to(dtype) for tensor in tensors)
+        if not torch.equal(first, second):
             return False
     return True
 
 
 def _missing_message(names: list[str], parameter: torch.Tensor, checkpoint: Checkpoint) -> str:
     tied = f" (nor its tied name {', '.join(names[1:])})" if len(names) > 1 else ""
-    return f"tensor {names[0]} is missing{tied}: expected {_kind(parameter)} {list(parameter.shape)}, found none"
+    kind = _kind(str(parameter.dtype))
+    return f"tensor {names[0]} is missing{tied}: expected {kind} {list(parameter.shape)}, found none"
 
 
 def _mismatch(
     name: str, value: Expression, parameter: torch.Tensor, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]
 ) -> list[str]:
-    """What is wrong with a parameter's stored tensors: shape or kind of dtype."""
+    """What is wrong with the shapes of a parameter's stored tensors."""
     sources = list(tensors_of(value))
     entry = checkpoint.tensors[sources[0]]
     where = f"{entry.file}: tensor {sources[0]}"
@@ -334,17 +338,22 @@ def _mismatch(
     problems = []
     if found != tuple(parameter.shape):
         problems.append(f"{where}: expected shape {list(parameter.shape)}, found {list(found)}")
-    for source in sources:
-        stored = checkpoint.tensors[source]
-        expected = FLOAT_DTYPES if parameter.dtype.is_floating_point else {"BOOL", "U8", "I8", "I16", "I32", "I64"}
-        if stored.dtype not in expected:
-            problems.append(f"{stored.file}: tensor {source}: expected {_kind(parameter)} values, found {stored.dtype}")
-            break
     return problems
 
 
-def _kind(parameter: torch.Tensor) -> str:
-    return "float" if parameter.dtype.is_floating_point else "integer"
+def _wrong_dtypes(rule: ParameterRule, checkpoint: Checkpoint) -> list[str]:
+    """The first stored tensor of a parameter whose kind of dtype is another than the parameter's."""
+    kind = _kind(rule.dtype)
+    expected = FLOAT_DTYPES if kind == "float" else INTEGER_DTYPES
+    for tensor in tensors_of(rule.value):
+        stored = checkpoint.tensors[tensor]
+        if stored.dtype not in expected:
+            return [f"{stored.file}: tensor {tensor}: expected {kind} values, found {stored.dtype}"]
+    return []
+
+
+def _kind(dtype: str) -> str:
+    return "float" if "float" in dtype else "integer"
 
 
 def _report_unused(model: PreTrainedModel, conversion: ConversionResult, checkpoint: Checkpoint) -> None:

@@ -42,16 +42,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What a start needs besides the weights. ``weight_program`` is None where no checkpoint was at hand."""
+    """What a start needs besides the weights.
+
+    Attributes:
+        factors: what the store knows the plan by.
+        weight_program: None where no checkpoint was at hand and none could be foreseen.
+    """
 
     compiled: CompiledPlan
+    factors: Mapping[str, Any]
     weight_program: WeightProgram | None
 
 
 def plan_factors(config: EngineConfig, folder: Path, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Everything a stored plan depends on: no weights, and nothing of the device, the pool or the step sizes.
 
-    ``untied`` is empty here; :func:`checkpoint_factors` knows the names that a checkpoint unties.
+    ``untied`` is empty here; :func:`known_program` finds the names that a checkpoint unties.
     """
     model_config = read_config_json(folder)
     dtype = DTYPE_NAMES.get(config.dtype, config.dtype)
@@ -68,16 +74,20 @@ def plan_factors(config: EngineConfig, folder: Path, checkpoint: Checkpoint | No
     }
 
 
-def checkpoint_factors(
-    store: ArtifactStore, config: EngineConfig, folder: Path, checkpoint: Checkpoint | None
-) -> dict[str, Any]:
-    """:func:`plan_factors` with the names that the checkpoint unties, as far as a stored weight program tells them."""
-    factors = plan_factors(config, folder, checkpoint)
-    if checkpoint is not None:
-        program = load_weight_program(store, weight_factors(factors, layout_of(checkpoint)))
-        if program is not None:
-            factors["untied"] = different_ties(program, folder)
-    return factors
+def known_program(
+    store: ArtifactStore, factors: Mapping[str, Any], folder: Path, checkpoint: Checkpoint
+) -> tuple[Mapping[str, Any], WeightProgram | None]:
+    """The stored weight program of a checkpoint and, by it, the factors of the plan with the names that are untied.
+
+    Args:
+        factors: those of :func:`plan_factors`, which are returned where no program is stored.
+    """
+    program = load_weight_program(store, weight_factors(factors, layout_of(checkpoint)))
+    if program is None or not program.stored_twice:
+        return factors, program
+    with phase("compare tied weights"):
+        untied = different_ties(program, folder)
+    return {**factors, "untied": untied}, untied_program(program, untied, folder)
 
 
 def folder_factors(config: EngineConfig, folder: Path) -> dict[str, Any]:
@@ -110,33 +120,33 @@ def weight_factors(plan: Mapping[str, Any], layout: str) -> dict[str, Any]:
     return {**{name: plan[name] for name in names}, "checkpoint layout": layout}
 
 
-def _stored(store: ArtifactStore, factors: Mapping[str, Any], folder: Path, checkpoint: Checkpoint) -> ModelPlan | None:
-    program = load_weight_program(store, weight_factors(factors, layout_of(checkpoint)))
-    compiled = load_plan(store, factors) if program is not None else None
-    if program is None or compiled is None:
-        return None
-    return ModelPlan(compiled, untied_program(program, factors["untied"], folder))
-
-
 def find_or_compile(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
     """The plan of a checkpoint with its weight program, from the store or compiled now (and then stored).
 
     Raises:
         CacheMissError: it is not stored and the store is strict.
+        CheckpointError: the checkpoint does not fit the model, or cannot be read.
     """
-    with phase("find stored plan") as work:
+    with phase("read checkpoint headers"):
         checkpoint = Checkpoint.open(folder)
-        factors = checkpoint_factors(store, config, folder, checkpoint)
-        found = _stored(store, factors, folder, checkpoint)
-        missing = None if found is not None else _missing(store, factors, config.model)
+        base = plan_factors(config, folder, checkpoint)
+    factors, program = known_program(store, base, folder, checkpoint)
+    with phase("find stored plan") as work:
+        compiled = load_plan(store, factors) if program is not None else None
+        missing = None if compiled is not None else _missing(store, factors, config.model)
         work.note = "found" if missing is None else missing.why
     if missing is None:
-        assert found is not None
-        return found
-    with store.lock("plan", factors):
+        assert compiled is not None
+        return ModelPlan(compiled, factors, program)
+    # Not the factors with what is untied: another process may build the same and not know of that yet.
+    with store.lock("plan", base):
         # Another process may have made it while this one waited.
-        factors = checkpoint_factors(store, config, folder, checkpoint)
-        return _stored(store, factors, folder, checkpoint) or _compile_checkpoint(config, folder, store, missing)
+        if program is None:
+            factors, program = known_program(store, base, folder, checkpoint)
+        compiled = load_plan(store, factors) if program is not None else None
+        if compiled is not None:
+            return ModelPlan(compiled, factors, program)
+        return _compile_checkpoint(config, folder, store, missing)
 
 
 def find_or_compile_config(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
@@ -172,7 +182,7 @@ def _stored_config(store: ArtifactStore, factors: Mapping[str, Any]) -> ModelPla
     programs = [load_weight_program(store, weight_factors(factors, layout)) for layout in layouts]
     if compiled is None or None in programs:
         return None
-    return ModelPlan(compiled, programs[0] if programs else None)
+    return ModelPlan(compiled, factors, programs[0] if programs else None)
 
 
 def build_meta(config: EngineConfig, folder: Path, stored: torch.dtype | None) -> tuple[Any, int]:
@@ -221,9 +231,9 @@ def _compile_checkpoint(config: EngineConfig, folder: Path, store: ArtifactStore
         untied = different_ties(program, folder)
         untie(meta, untied)
     factors = {**plan_factors(config, folder, checkpoint), "untied": untied}
-    _save_programs(store, factors, [(program, _shapes(checkpoint)), *foreseen])
     compiled = load_plan(store, factors) or _compile_and_save(meta, max_model_len, config, factors, foreseen, store)
-    return ModelPlan(compiled, untied_program(program, untied, folder))
+    _save_programs(store, factors, [(program, _shapes(checkpoint)), *foreseen])
+    return ModelPlan(compiled, factors, untied_program(program, untied, folder))
 
 
 def _compile_config(
@@ -237,7 +247,7 @@ def _compile_config(
     foreseen = foreseen_programs(meta)
     compiled = load_plan(store, factors) or _compile_and_save(meta, max_model_len, config, factors, foreseen, store)
     _save_programs(store, factors, foreseen)
-    return ModelPlan(compiled, foreseen[0][0] if foreseen else None)
+    return ModelPlan(compiled, factors, foreseen[0][0] if foreseen else None)
 
 
 def _compile_and_save(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from graphserve.artifacts import ArtifactStore
 from graphserve.cli.main import main
@@ -101,6 +101,23 @@ def test_what_a_checkpoint_gave_is_complete_for_its_config(store: Path, tmp_path
     assert run_warmup(EngineConfig(), part).is_complete
     report = run_warmup(EngineConfig(model=str(config_only(tmp_path / "model"))), part, check=True)
     assert report.is_complete and states(report)["weights"] == {"stored": 2}
+    bundle = tmp_path / "bundle.tar.zst"
+    assert run_warmup(EngineConfig(), bundle).is_complete
+    assert run_warmup(EngineConfig(model=str(tmp_path / "model")), bundle, check=True).is_complete
+
+
+def test_what_a_checkpoint_unties_is_told_by_warmup(store: Path, tmp_path: Path) -> None:
+    shutil.copytree(demo_path(), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].flip(0)}, weights)
+    config = EngineConfig(model=str(tmp_path / "model"))
+    part = copied(store, tmp_path / "part", without=("weights",))
+    assert not run_warmup(config, part, check=True).is_complete
+    first, second, checked = run_warmup(config, part), run_warmup(config, part), run_warmup(config, part, check=True)
+    assert states(first)["plan"] == {"built": 1}, "not the one of the config, which is there"
+    assert states(second)["plan"] == states(checked)["plan"] == {"stored": 1}
+    assert {row.key for row in first.rows} == {row.key for row in second.rows} and checked.is_complete
 
 
 def test_check_of_a_config_imports_no_transformers(store: Path, tmp_path: Path) -> None:

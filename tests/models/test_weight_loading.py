@@ -322,6 +322,29 @@ def test_a_tied_head_is_foreseen_once_and_twice(tmp_path: Path) -> None:
     assert different_ties(program, tmp_path) == [HEAD]
 
 
+def test_a_tied_pair_is_one_if_it_is_so_in_the_dtype_that_is_served(tmp_path: Path) -> None:
+    embed = save_tied(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({HEAD: embed.bfloat16()}))
+    served_bf16, served_fp32 = (
+        check_checkpoint(meta(tmp_path, dtype), tmp_path) for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert different_ties(served_bf16, tmp_path) == [] and different_ties(served_fp32, tmp_path) == [HEAD]
+    edit(tmp_path, lambda tensors: tensors.update({HEAD: embed.to(torch.float8_e4m3fn)}))
+    assert different_ties(served_bf16, tmp_path) == [HEAD]
+
+
+def test_a_stored_program_is_not_run_on_other_kinds_of_values(tmp_path: Path) -> None:
+    embed, norm = save_tied(tmp_path), "model.norm.weight"
+    edit(tmp_path, _store_both)
+    program = check_checkpoint(meta(tmp_path), tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({HEAD: embed.to(torch.int8)}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: expected float values, found I8"):
+        different_ties(program, tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({norm: tensors[norm].to(torch.uint16)}))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: expected float values, found U16"):
+        run_program(program, tmp_path)
+
+
 def test_a_tied_head_under_neither_name_is_missing(tmp_path: Path) -> None:
     save_tied(tmp_path)
     edit(tmp_path, _drop(EMBED))

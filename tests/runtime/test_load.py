@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from graphserve.errors import CacheMissError, ConfigError
 from graphserve.models.checkpoint import Checkpoint
 from graphserve.models.tokenizer import Tokenizer, load_tokenizer
 from graphserve.models.weight_loading import run_program
-from graphserve.runtime import load
+from graphserve.runtime import find_plan, load
 from graphserve.runtime.find_plan import (
     ModelPlan,
     checkpoint_layout,
@@ -98,6 +99,28 @@ def test_a_tied_pair_that_is_stored_twice_is_compared_at_each_start_and_compiled
         assert (values[head] is values[embed]) == (value is same)
         loaded = {part.parameter for weight in found.compiled.plan.weights.values() for part in weight.parts}
         assert (head in loaded) == (value is other)
+
+
+def test_of_two_starts_of_an_untied_checkpoint_one_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, root = tmp_path / "model", tmp_path / "store"
+    shutil.copytree(demo_path(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].flip(0)}, folder / "model.safetensors")
+    others: list[Future[ModelPlan]] = []
+    compile_model, stores = find_plan.compile_model, [ArtifactStore(root), ArtifactStore(root)]
+
+    def compile_beside_another_start(*args: Any, **kwargs: Any) -> Any:
+        if not others:
+            others.append(pool.submit(find_or_compile, EngineConfig(), folder, stores[1]))
+            with suppress(TimeoutError):
+                others[0].result(timeout=1)  # it has to wait for this one
+        return compile_model(*args, **kwargs)
+
+    monkeypatch.setattr(find_plan, "compile_model", compile_beside_another_start)
+    with ThreadPoolExecutor() as pool:
+        made = find_or_compile(EngineConfig(), folder, stores[0])
+    assert others[0].result().factors == made.factors and made.factors["untied"] == ["lm_head.weight"]
+    assert stores[0].built and not stores[1].built
 
 
 @pytest.mark.parametrize("option", [{"dtype": "bfloat16"}, {"max_model_len": 64}, {"quantization": "int8_w8a8"}])
