@@ -30,7 +30,7 @@ from graphserve.models.checkpoint import Checkpoint
 from graphserve.models.converted_tokenizer import conversion_factors
 from graphserve.models.hub import resolve_model
 from graphserve.models.tokenizer import convertible_files, load_tokenizer
-from graphserve.plan.store import foreseen_layouts, load_plan
+from graphserve.plan.store import load_plan, load_weight_programs
 from graphserve.progress import phase
 from graphserve.runtime.choices import KIND as CHOICES
 from graphserve.runtime.choices import MeasuredChoices, choice_factors, load_choices, save_choices
@@ -203,24 +203,21 @@ def _plan(
     # By the key: what a checkpoint unties, and so which plan it needs, may have come out just now.
     had_plan = plan is not None and plan_before is not None and plan.manifest.key == plan_before.manifest.key
     report.add("plan", f"plan of {name}{launches}", plan, had_plan)
-    for layout, program in _programs(store, factors, checkpoint).items():
-        what = f"weight program of {name} for checkpoint layout {layout[:8]}"
-        report.add("weights", what, program, programs_before.get(layout) is not None)
+    for what, programs in _programs(store, factors, checkpoint).items():
+        report.add("weights", f"{what} of {name}", programs, programs_before.get(what) is not None)
     return found
 
 
 def _programs(
     store: ArtifactStore, factors: Mapping[str, Any], checkpoint: Checkpoint | None
 ) -> dict[str, Artifact | None]:
-    """The weight programs by layout: those that the stored plan foresees, None where one is missing.
-
-    With a checkpoint that of its own layout, and of those foreseen what there is: a start needs no other, but the
-    config alone does.
-    """
-    layouts = foreseen_layouts(store, factors)
-    own = {layout_of(checkpoint)} if checkpoint is not None else set(layouts)
-    found = {layout: store.find("weights", weight_factors(factors, layout)) for layout in own.union(layouts)}
-    return {layout: found[layout] for layout in sorted(found) if layout in own or found[layout] is not None}
+    """The weight programs that a config foresees, and that of a checkpoint that has another layout."""
+    foreseen = load_weight_programs(store, weight_factors(factors))
+    found = {"weight programs": store.find("weights", weight_factors(factors))}
+    if checkpoint is not None and foreseen is not None and layout_of(checkpoint) not in foreseen:
+        own = weight_factors(factors, layout_of(checkpoint))
+        found["weight program for the checkpoint's own layout"] = store.find("weights", own)
+    return found
 
 
 def _checkpoint(folder: Path) -> Checkpoint | None:

@@ -2,17 +2,18 @@
 
     plan     plan.json              the launch plan
              constants.safetensors  values of the plan's constant weights
-    weights  weights.json           how checkpoint tensors become parameters
+    weights  weights.json           how checkpoint tensors become parameters, by the layout of the checkpoint
 
-Both are readable. A plan follows from ``config.json``; the weight program also from the names and shapes of the
-checkpoint's tensors. A plan's manifest says for which of these programs can be foreseen.
+Both are readable. A plan follows from ``config.json``; a weight program also from the layout, which is the names and
+shapes of the checkpoint's tensors. Those for the layouts that a config lets expect are one artifact, stored with the
+plan; that for any other layout is one of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PLAN_FILE, CONSTANTS_FILE, WEIGHTS_FILE = "plan.json", "constants.safetensors", "weights.json"
-FORESEEN_LAYOUTS = "foreseen checkpoint layouts"  # the fact in a plan's manifest
 
 # Sources that decide what a plan says; those of the kernels themselves have keys of their own.
 _SOURCE_FOLDERS = ("compiler", "passes", "kernels", "plan", "models")
@@ -74,23 +74,15 @@ def load_plan(store: ArtifactStore, factors: Mapping[str, Any]) -> CompiledPlan 
     return CompiledPlan(plan, load(artifact.read(CONSTANTS_FILE)))
 
 
-def foreseen_layouts(store: ArtifactStore, factors: Mapping[str, Any]) -> list[str]:
-    """What :func:`save_plan` was told of checkpoint layouts; none also if there is no such plan."""
-    artifact = store.find("plan", factors)
-    return [] if artifact is None else artifact.manifest.built[FORESEEN_LAYOUTS]
-
-
 def save_plan(
     store: ArtifactStore,
     factors: Mapping[str, Any],
     compiled: CompiledPlan,
-    layouts: Sequence[str] = (),
     seconds: float = 0.0,
 ) -> Artifact | None:
     """Store a plan; None if nothing could be written (said in the log).
 
     Args:
-        layouts: digests of the checkpoint layouts that can be expected from the config.
         seconds: what making it took.
     """
     from safetensors.torch import save
@@ -101,22 +93,24 @@ def save_plan(
         CONSTANTS_FILE: save(compiled.constants),
     }
     label = f"{model.get('architecture', 'model')}, {model.get('num_layers', '?')} layers, {model.get('dtype', '?')}"
-    return _put(store, "plan", factors, files, label, {FORESEEN_LAYOUTS: list(layouts), SECONDS: round(seconds, 3)})
+    return _put(store, "plan", factors, files, label, {SECONDS: round(seconds, 3)})
 
 
-def load_weight_program(store: ArtifactStore, factors: Mapping[str, Any]) -> WeightProgram | None:
-    """The stored weight program for ``factors``, or None."""
+def load_weight_programs(store: ArtifactStore, factors: Mapping[str, Any]) -> dict[str, WeightProgram] | None:
+    """The stored weight programs for ``factors`` by layout digest, or None."""
     from graphserve.models.weight_program import WeightProgram
 
     artifact = store.find("weights", factors)
-    return None if artifact is None else msgspec.json.decode(artifact.read(WEIGHTS_FILE), type=WeightProgram)
+    return None if artifact is None else msgspec.json.decode(artifact.read(WEIGHTS_FILE), type=dict[str, WeightProgram])
 
 
-def save_weight_program(store: ArtifactStore, factors: Mapping[str, Any], program: WeightProgram) -> Artifact | None:
-    """Store a weight program; None if nothing could be written (said in the log)."""
-    twice = f", {len(program.stored_twice)} stored twice" if program.stored_twice else ""
-    label = f"weight program of {len(program.rules)} parameters{twice}"
-    return _put(store, "weights", factors, {WEIGHTS_FILE: msgspec.json.encode(program)}, label, {SECONDS: 0.0})
+def save_weight_programs(
+    store: ArtifactStore, factors: Mapping[str, Any], programs: Mapping[str, WeightProgram]
+) -> Artifact | None:
+    """Store weight programs by layout digest; None if nothing could be written (said in the log)."""
+    label = f"weight programs for {len(programs)} checkpoint layout{'s' if len(programs) != 1 else ''}"
+    files = {WEIGHTS_FILE: msgspec.json.encode(dict(sorted(programs.items())))}
+    return _put(store, "weights", factors, files, label, {SECONDS: 0.0})
 
 
 def _put(

@@ -22,11 +22,10 @@ from graphserve.models.config import DTYPE_NAMES, read_config_json
 from graphserve.models.weight_loading import different_ties, untied_program
 from graphserve.plan.store import (
     CompiledPlan,
-    foreseen_layouts,
     load_plan,
-    load_weight_program,
+    load_weight_programs,
     save_plan,
-    save_weight_program,
+    save_weight_programs,
     source_hash,
 )
 from graphserve.progress import phase
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FORESEEN = "foreseen from config.json"  # as a layout: all those for which foreseen_programs has a program
+
 
 @dataclass(frozen=True)
 class ModelPlan:
@@ -46,7 +47,7 @@ class ModelPlan:
 
     Attributes:
         factors: what the store knows the plan by.
-        weight_program: None where no checkpoint was at hand and none could be foreseen.
+        weight_program: None where no checkpoint was at hand.
     """
 
     compiled: CompiledPlan
@@ -82,7 +83,10 @@ def known_program(
     Args:
         factors: those of :func:`plan_factors`, which are returned where no program is stored.
     """
-    program = load_weight_program(store, weight_factors(factors, layout_of(checkpoint)))
+    layout = layout_of(checkpoint)
+    program = (load_weight_programs(store, weight_factors(factors)) or {}).get(layout)
+    if program is None:
+        program = (load_weight_programs(store, weight_factors(factors, layout)) or {}).get(layout)
     if program is None or not program.stored_twice:
         return factors, program
     with phase("compare tied weights"):
@@ -99,25 +103,25 @@ def folder_factors(config: EngineConfig, folder: Path) -> dict[str, Any]:
     return plan_factors(config, folder, checkpoint)
 
 
-def checkpoint_layout(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def checkpoint_layout(shapes: Mapping[str, Shape]) -> str:
     """A digest of the names and shapes of a checkpoint's tensors."""
     return _digest(sorted((name, list(shape)) for name, shape in shapes.items()))
+
+
+def weight_factors(plan: Mapping[str, Any], layout: str = FORESEEN) -> dict[str, Any]:
+    """Everything stored weight programs depend on: names and shapes of the stored tensors, not their values.
+
+    Args:
+        plan: the factors of the model's plan.
+        layout: :func:`checkpoint_layout` of the tensors, if it is none of those foreseen.
+    """
+    names = ("config", "dtype", "graphserve sources", "transformers", "torch")
+    return {**{name: plan[name] for name in names}, "checkpoint layout": layout}
 
 
 def layout_of(checkpoint: Checkpoint) -> str:
     """:func:`checkpoint_layout` of a checkpoint."""
     return checkpoint_layout(_shapes(checkpoint))
-
-
-def weight_factors(plan: Mapping[str, Any], layout: str) -> dict[str, Any]:
-    """Everything a stored weight program depends on: names and shapes of the stored tensors, not their values.
-
-    Args:
-        plan: the factors of the model's plan.
-        layout: :func:`checkpoint_layout` of the tensors.
-    """
-    names = ("config", "dtype", "graphserve sources", "transformers", "torch")
-    return {**{name: plan[name] for name in names}, "checkpoint layout": layout}
 
 
 def find_or_compile(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
@@ -150,7 +154,7 @@ def find_or_compile(config: EngineConfig, folder: Path, store: ArtifactStore) ->
 
 
 def find_or_compile_config(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
-    """The plan of a model of which only ``config.json`` is at hand; its weight program where it can be foreseen."""
+    """The plan of a model of which only ``config.json`` is at hand, stored with the weight programs to be expected."""
     factors = plan_factors(config, folder, None)
     with phase("find stored plan") as work:
         found = _stored_config(store, factors)
@@ -177,12 +181,8 @@ def _missing(store: ArtifactStore, factors: Mapping[str, Any], model: str) -> _M
 
 
 def _stored_config(store: ArtifactStore, factors: Mapping[str, Any]) -> ModelPlan | None:
-    compiled = load_plan(store, factors)
-    layouts = foreseen_layouts(store, factors)
-    programs = [load_weight_program(store, weight_factors(factors, layout)) for layout in layouts]
-    if compiled is None or None in programs:
-        return None
-    return ModelPlan(compiled, factors, programs[0] if programs else None)
+    compiled, programs = load_plan(store, factors), load_weight_programs(store, weight_factors(factors))
+    return None if compiled is None or programs is None else ModelPlan(compiled, factors, None)
 
 
 def build_meta(config: EngineConfig, folder: Path, stored: torch.dtype | None) -> tuple[Any, int]:
@@ -231,8 +231,8 @@ def _compile_checkpoint(config: EngineConfig, folder: Path, store: ArtifactStore
         untied = different_ties(program, folder)
         untie(meta, untied)
     factors = {**plan_factors(config, folder, checkpoint), "untied": untied}
-    compiled = load_plan(store, factors) or _compile_and_save(meta, max_model_len, config, factors, foreseen, store)
-    _save_programs(store, factors, [(program, _shapes(checkpoint)), *foreseen])
+    compiled = load_plan(store, factors) or _compile_and_save(meta, max_model_len, config, factors, store)
+    _save_programs(store, factors, foreseen, {layout_of(checkpoint): program})
     return ModelPlan(compiled, factors, untied_program(program, untied, folder))
 
 
@@ -244,10 +244,9 @@ def _compile_config(
     from graphserve.models.weight_loading import foreseen_programs
 
     meta, max_model_len = build_meta(config, folder, None)
-    foreseen = foreseen_programs(meta)
-    compiled = load_plan(store, factors) or _compile_and_save(meta, max_model_len, config, factors, foreseen, store)
-    _save_programs(store, factors, foreseen)
-    return ModelPlan(compiled, factors, foreseen[0][0] if foreseen else None)
+    compiled = load_plan(store, factors) or _compile_and_save(meta, max_model_len, config, factors, store)
+    _save_programs(store, factors, foreseen_programs(meta), {})
+    return ModelPlan(compiled, factors, None)
 
 
 def _compile_and_save(
@@ -255,27 +254,29 @@ def _compile_and_save(
     max_model_len: int,
     config: EngineConfig,
     factors: Mapping[str, Any],
-    foreseen: list[tuple[WeightProgram, dict[str, Shape]]],
     store: ArtifactStore,
 ) -> CompiledPlan:
     begin = time.monotonic()
     built = compile_model(meta, max_model_len, quantization=config.quantization)
     compiled = CompiledPlan(built.plan, built.constants)
     with phase("store plan"):
-        layouts = [checkpoint_layout(shapes) for _, shapes in foreseen]
-        save_plan(store, factors, compiled, layouts, time.monotonic() - begin)
+        save_plan(store, factors, compiled, time.monotonic() - begin)
     return compiled
 
 
 def _save_programs(
-    store: ArtifactStore, factors: Mapping[str, Any], programs: list[tuple[WeightProgram, dict[str, Shape]]]
+    store: ArtifactStore,
+    factors: Mapping[str, Any],
+    foreseen: list[tuple[WeightProgram, dict[str, Shape]]],
+    own: dict[str, WeightProgram],
 ) -> None:
-    """Store a program for each layout, the first of several for one."""
-    by_layout: dict[str, WeightProgram] = {}
-    for program, shapes in programs:
-        by_layout.setdefault(checkpoint_layout(shapes), program)
-    for layout, program in by_layout.items():
-        save_weight_program(store, weight_factors(factors, layout), program)
+    """Store the programs that are foreseen, and that of the checkpoint at hand if it is none of them."""
+    programs = {checkpoint_layout(shapes): program for program, shapes in foreseen}
+    if store.find("weights", weight_factors(factors)) is None:
+        save_weight_programs(store, weight_factors(factors), programs)
+    for layout, program in own.items():
+        if layout not in programs:
+            save_weight_programs(store, weight_factors(factors, layout), {layout: program})
 
 
 def _import_transformers() -> None:

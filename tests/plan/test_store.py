@@ -12,11 +12,10 @@ from graphserve.models.weight_program import Load, ParameterRule, WeightProgram
 from graphserve.plan.schema import CacheGroup, CacheSpec, Launch, Plan, TensorSpec, WeightPart, WeightSpec
 from graphserve.plan.store import (
     CompiledPlan,
-    foreseen_layouts,
     load_plan,
-    load_weight_program,
+    load_weight_programs,
     save_plan,
-    save_weight_program,
+    save_weight_programs,
 )
 
 FACTORS = {"config": "abc", "torch": "2.13.0"}
@@ -56,20 +55,13 @@ def test_what_was_saved_is_loaded(store: ArtifactStore, compiled: CompiledPlan) 
     assert load_plan(store, {**FACTORS, "torch": "other"}) is None
 
 
-def test_a_stored_plan_says_which_checkpoints_it_foresees(store: ArtifactStore, compiled: CompiledPlan) -> None:
-    assert foreseen_layouts(store, FACTORS) == []
-    save_plan(store, FACTORS, compiled, layouts=["abc", "def"])
-    assert foreseen_layouts(store, FACTORS) == ["abc", "def"]
-    save_plan(store, {**FACTORS, "torch": "other"}, compiled)
-    assert foreseen_layouts(store, {**FACTORS, "torch": "other"}) == []
-
-
 def test_a_weight_program_survives(store: ArtifactStore) -> None:
     rule, twice = (ParameterRule(Load(name), (4, 4), "float32") for name in ("t", "u"))
     program = WeightProgram({"p": rule}, {"q": "p", "r": "p"}, {"r": twice})
     assert program.untied(["r"]) == WeightProgram({"p": rule, "r": twice}, {"q": "p"})
-    save_weight_program(store, FACTORS, program)
-    assert load_weight_program(store, FACTORS) == program
+    assert load_weight_programs(store, FACTORS) is None
+    save_weight_programs(store, FACTORS, {"layout": program})
+    assert load_weight_programs(store, FACTORS) == {"layout": program}
 
 
 def test_a_store_that_cannot_be_written_costs_only_a_warning(
