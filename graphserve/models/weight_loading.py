@@ -74,15 +74,14 @@ def check_checkpoint(model: PreTrainedModel, model_dir: str | Path) -> WeightPro
             problems.extend(_wrong_dtypes(_rule(value, parameter), checkpoint))
     _raise_problems(problems, checkpoint)
     _report_unused(model, conversion, checkpoint)
-    order = {name: position for position, name in enumerate(checkpoint.tensors)}
-    return _program(model, conversion.values, order)
+    return _program(model, conversion.values)
 
 
 def different_ties(program: WeightProgram, model_dir: str | Path) -> list[str]:
     """Names that the config ties to a parameter, but that the checkpoint stores with other values than its own.
 
-    Like transformers, we load them separately: by :func:`untied_program`, into a model that :func:`untie` has changed
-    before it is traced. Cost: reads both of every pair that is stored twice.
+    Like transformers, we load them separately: by ``program.untied(names)``, into a model that :func:`untie` has
+    changed before it is traced. Cost: reads both of every pair that is stored twice.
 
     Raises:
         CheckpointError: a file changed after the check.
@@ -98,18 +97,13 @@ def different_ties(program: WeightProgram, model_dir: str | Path) -> list[str]:
     return sorted(name for name, (first, other) in pairs.items() if not _has_equal_values(first, other, checkpoint))
 
 
-def _rule(value: Expression, parameter: torch.Tensor) -> ParameterRule:
-    return ParameterRule(value, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
-
-
-def untied_program(program: WeightProgram, names: Collection[str], model_dir: str | Path) -> WeightProgram:
-    """``program.untied(names)``, with a warning for each name."""
+def warn_untied(names: Collection[str], model_dir: str | Path) -> None:
+    """Say which of :func:`different_ties` are loaded separately."""
     for name in names:
         logger.warning(
-            "%s: config ties %s to %s but the checkpoint holds different values: they are loaded separately",
-            model_dir, name, program.aliases[name],
+            "%s: config ties %s to another parameter but the checkpoint holds different values: they are loaded "
+            "separately", model_dir, name,
         )  # fmt: skip
-    return program.untied(names)
 
 
 def untie(model: PreTrainedModel, names: Collection[str]) -> None:
@@ -160,9 +154,7 @@ def _foreseen(model: PreTrainedModel, saved: dict[str, torch.Tensor]) -> tuple[W
     return None if conversion.problems else (_program(model, conversion.values), shapes)
 
 
-def _program(
-    model: PreTrainedModel, values: dict[str, Expression], order: dict[str, int] | None = None
-) -> WeightProgram:
+def _program(model: PreTrainedModel, values: dict[str, Expression]) -> WeightProgram:
     """The program of a model each of whose parameters has a value under one of its names at least."""
     rules: dict[str, ParameterRule] = {}
     aliases: dict[str, str] = {}
@@ -174,9 +166,11 @@ def _program(
         for name in others:
             if values[name] != values[first]:
                 stored_twice[name] = _rule(values[name], parameter)
-    if order is not None:
-        rules = dict(sorted(rules.items(), key=lambda item: order[next(tensors_of(item[1].value))]))
     return WeightProgram(rules=rules, aliases=aliases, stored_twice=stored_twice)
+
+
+def _rule(value: Expression, parameter: torch.Tensor) -> ParameterRule:
+    return ParameterRule(value, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
 
 
 def load_parameters(
@@ -188,8 +182,8 @@ def load_parameters(
     The check runs at the call, not at the first item.
 
     Yields:
-        ``(name, tensor)``: CPU tensors that own their memory, in file order but for what is untied. The further
-        names of a tied parameter follow it with the same tensor.
+        ``(name, tensor)``: CPU tensors that own their memory, in file order. The further names of a tied parameter
+        follow it with the same tensor.
 
     Raises:
         CheckpointError: as check_checkpoint; or a file changed after the check.
@@ -197,7 +191,8 @@ def load_parameters(
     program = check_checkpoint(model, model_dir)
     untied = different_ties(program, model_dir)
     untie(model, untied)
-    return run_program(untied_program(program, untied, model_dir), model_dir, progress)
+    warn_untied(untied, model_dir)
+    return run_program(program.untied(untied), model_dir, progress)
 
 
 def run_program(
@@ -237,9 +232,11 @@ def _read_ahead(
     """Every parameter in order, read by threads while the consumer places the ones before it."""
     waiting: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
     num_bytes = 0
+    order = {name: position for position, name in enumerate(checkpoint.tensors)}
+    in_file_order = sorted(program.rules.items(), key=lambda item: order[next(tensors_of(item[1].value))])
     with ThreadPoolExecutor(NUM_READERS, "weight reader") as pool:
         try:
-            for name, rule in program.rules.items():
+            for name, rule in in_file_order:
                 found = shape_of(rule.value, shapes)
                 if found != rule.shape:
                     raise CheckpointError(

@@ -82,7 +82,7 @@ class ParameterRule(msgspec.Struct, frozen=True):
 
 
 class WeightProgram(msgspec.Struct, frozen=True):
-    """Rules by parameter name, in the order in which they are loaded, and further names of tied parameters.
+    """Rules by parameter name, and further names of tied parameters.
 
     ``stored_twice`` has a rule for every further name that is in the checkpoint as well. Only the values say whether
     it is the parameter that the model ties it to; where it is not, the program is :meth:`untied` of it.

@@ -19,7 +19,7 @@ from graphserve.config import EngineConfig
 from graphserve.errors import ConfigError
 from graphserve.models.checkpoint import FLOAT_DTYPES, Checkpoint
 from graphserve.models.config import DTYPE_NAMES, read_config_json
-from graphserve.models.weight_loading import different_ties, untied_program
+from graphserve.models.weight_loading import different_ties, warn_untied
 from graphserve.plan.store import (
     CompiledPlan,
     load_plan,
@@ -83,15 +83,16 @@ def known_program(
     Args:
         factors: those of :func:`plan_factors`, which are returned where no program is stored.
     """
-    layout = layout_of(checkpoint)
-    program = (load_weight_programs(store, weight_factors(factors)) or {}).get(layout)
-    if program is None:
-        program = (load_weight_programs(store, weight_factors(factors, layout)) or {}).get(layout)
+    with phase("find weight program"):
+        layout = layout_of(checkpoint)
+        program = (load_weight_programs(store, weight_factors(factors)) or {}).get(layout)
+        if program is None:
+            program = (load_weight_programs(store, weight_factors(factors, layout)) or {}).get(layout)
     if program is None or not program.stored_twice:
         return factors, program
     with phase("compare tied weights"):
         untied = different_ties(program, folder)
-    return {**factors, "untied": untied}, untied_program(program, untied, folder)
+    return {**factors, "untied": untied}, program.untied(untied)
 
 
 def folder_factors(config: EngineConfig, folder: Path) -> dict[str, Any]:
@@ -131,6 +132,12 @@ def find_or_compile(config: EngineConfig, folder: Path, store: ArtifactStore) ->
         CacheMissError: it is not stored and the store is strict.
         CheckpointError: the checkpoint does not fit the model, or cannot be read.
     """
+    found = _find_or_compile(config, folder, store)
+    warn_untied(found.factors["untied"], folder)
+    return found
+
+
+def _find_or_compile(config: EngineConfig, folder: Path, store: ArtifactStore) -> ModelPlan:
     with phase("read checkpoint headers"):
         checkpoint = Checkpoint.open(folder)
         base = plan_factors(config, folder, checkpoint)
@@ -233,7 +240,7 @@ def _compile_checkpoint(config: EngineConfig, folder: Path, store: ArtifactStore
     factors = {**plan_factors(config, folder, checkpoint), "untied": untied}
     compiled = load_plan(store, factors) or _compile_and_save(meta, max_model_len, config, factors, store)
     _save_programs(store, factors, foreseen, {layout_of(checkpoint): program})
-    return ModelPlan(compiled, factors, untied_program(program, untied, folder))
+    return ModelPlan(compiled, factors, program.untied(untied))
 
 
 def _compile_config(
